@@ -1,0 +1,36 @@
+"""What a replica tells the monitor each second, and the names under which the named actors are found."""
+
+import msgspec
+
+ACTOR_NAMESPACE = "trimtab"
+
+
+def monitor_name(policy: str) -> str:
+    """Return the name of the policy's monitor actor."""
+    return f"monitor-{policy}"
+
+
+def release_manager_name(policy: str) -> str:
+    """Return the name of the policy's release manager actor."""
+    return f"release-manager-{policy}"
+
+
+# Upper edges in seconds; the last bucket is open. 1.4 between neighbours, so a percentile is known within 40 %.
+LATENCY_BUCKETS_S = tuple(round(0.0001 * 1.4**k, 7) for k in range(32))
+
+
+class ReplicaReport(msgspec.Struct, frozen=True):
+    """Totals of one replica since it started, not deltas: a lost message loses nothing, and a monitor that was restarted
+    is up to date after one second. `latency_counts` counts answered requests per bucket of `LATENCY_BUCKETS_S` plus the open
+    one; `responses` counts HTTP answers by status code.
+    """
+
+    replica: str
+    time_s: float
+    started_at_s: float
+    plan: int
+    versions: list[int]
+    responses: dict[int, int]
+    latency_counts: list[int]
+    queue_depth: int
+    load_failures: dict[int, str]

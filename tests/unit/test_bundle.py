@@ -1,0 +1,127 @@
+"""Is a bundle refused when any byte of it is not what was packed?"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from policies.bundle import FILES, MANIFEST, Golden, check_golden, read_bundle
+from policies.errors import GateRefused, IntegrityError
+from policies.integrity import canonical_json, parse_json, sha256_hex
+from policies.policy import Policy
+from policies.verdicts import Verdict
+from tests.bundles import make_bundle, make_policy
+
+
+def test_a_bundle_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    policy = make_policy()
+    bundle = make_bundle(tmp_path, policy)
+    again = read_bundle(bundle.path)
+    assert again.digest == bundle.digest == bundle.path.name
+    assert again.policy.sha256() == policy.sha256()
+    assert all(np.array_equal(again.policy.tensors[name], tensor) for name, tensor in policy.tensors.items())
+
+
+def test_the_same_content_is_the_same_bundle(tmp_path: Path) -> None:
+    assert make_bundle(tmp_path, make_policy()).digest == make_bundle(tmp_path, make_policy()).digest
+    assert [path.name for path in tmp_path.iterdir()] == [make_bundle(tmp_path, make_policy()).digest]
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *FILES])
+def test_one_flipped_byte_is_refused_with_both_hashes(tmp_path: Path, name: str) -> None:
+    bundle = make_bundle(tmp_path, make_policy())
+    path = bundle.path / name
+    original = path.read_bytes()
+    for position in np.linspace(0, len(original) - 1, 25).astype(int):
+        changed = bytearray(original)
+        changed[position] ^= 0x10
+        path.write_bytes(bytes(changed))
+        with pytest.raises(IntegrityError, match=rf"{sha256_hex(bytes(changed))}.*[0-9a-f]{{64}}"):
+            read_bundle(bundle.path)
+    path.write_bytes(original)
+    read_bundle(bundle.path)  # the control: it was the changed byte
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "extra.txt").write_text("hello"),
+        lambda path: (path / "golden.npz").unlink(),
+        lambda path: (path / "policy.safetensors").write_bytes((path / "policy.safetensors").read_bytes()[:-4]),
+        lambda path: (path / "golden.npz").rename(path / "golden.npy"),
+    ],
+)
+def test_a_missing_added_renamed_or_cut_file_is_refused(tmp_path: Path, damage) -> None:
+    bundle = make_bundle(tmp_path, make_policy())
+    damage(bundle.path)
+    with pytest.raises(IntegrityError):
+        read_bundle(bundle.path)
+
+
+def test_a_link_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundles", make_policy())
+    outside = tmp_path / "outside.npz"
+    shutil.move(bundle.path / "golden.npz", outside)
+    (bundle.path / "golden.npz").symlink_to(outside)
+    with pytest.raises(IntegrityError, match="not a plain file"):
+        read_bundle(bundle.path)
+
+
+def test_a_gate_report_of_another_policy_is_refused(tmp_path: Path) -> None:
+    """Swapped with all hashes put right: only the policy digest inside the report tells."""
+    good, other = make_bundle(tmp_path, make_policy(0)), make_bundle(tmp_path, make_policy(1))
+    forged = tmp_path / "forged"
+    shutil.copytree(good.path, forged)
+    shutil.copy(other.path / "gates.json", forged / "gates.json")
+    with pytest.raises(GateRefused, match="gate report is of policy"):
+        read_bundle(_rehash(forged))
+
+
+def test_a_failing_report_needs_the_break_glass_reason(tmp_path: Path) -> None:
+    for verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE):
+        with pytest.raises(GateRefused, match=f"gates say {verdict}"):
+            make_bundle(tmp_path, make_policy(), verdict=verdict)
+        bundle = make_bundle(tmp_path, make_policy(), verdict=verdict, override_gates="drill")
+        assert read_bundle(bundle.path).manifest["override_gates"] == "drill"
+
+
+def test_a_manifest_that_takes_back_the_override_is_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, make_policy(), verdict=Verdict.FAIL, override_gates="drill")
+    manifest = parse_json((bundle.path / MANIFEST).read_bytes(), "manifest")
+    (bundle.path / MANIFEST).write_bytes(canonical_json({**manifest, "override_gates": None}))
+    with pytest.raises(GateRefused):
+        read_bundle(_rehash(bundle.path))
+
+
+def test_golden_vectors_find_a_policy_without_its_normaliser() -> None:
+    policy = make_policy()
+    obs_ND = np.random.default_rng(3).standard_normal((32, 4)).astype(np.float32)
+    golden = Golden(obs_ND, policy.probabilities(obs_ND))
+    check_golden(policy, golden)
+    identity = {"normaliser.mean": np.zeros(4, np.float32), "normaliser.scale": np.ones(4, np.float32)}
+    forgetful = Policy(policy.spaces, policy.architecture, {**policy.tensors, **identity})
+    with pytest.raises(IntegrityError, match="differs from its golden vectors"):
+        check_golden(forgetful, golden)
+
+
+def test_golden_vectors_with_nan_or_too_few_rows_are_refused() -> None:
+    policy = make_policy()
+    obs_ND = np.zeros((32, 4), np.float32)
+    golden = Golden(obs_ND, policy.probabilities(obs_ND))
+    with pytest.raises(IntegrityError, match="differs"):
+        check_golden(policy, replace(golden, probabilities_NA=np.full((32, 2), np.nan)))
+    with pytest.raises(IntegrityError, match="at least 16 rows"):
+        check_golden(policy, Golden(obs_ND[:4], policy.probabilities(obs_ND[:4])))
+
+
+def _rehash(path: Path) -> Path:
+    """Put every hash of a tampered bundle right and give it the name that its manifest hashes to."""
+    manifest = parse_json((path / MANIFEST).read_bytes(), "manifest")
+    for name in FILES:
+        data = (path / name).read_bytes()
+        manifest["files"][name] = {"sha256": sha256_hex(data), "size_bytes": len(data)}
+    data = canonical_json(manifest)
+    (path / MANIFEST).write_bytes(data)
+    return path.rename(path.parent / sha256_hex(data))

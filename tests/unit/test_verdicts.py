@@ -1,0 +1,45 @@
+"""Does missing evidence ever pass?"""
+
+import pytest
+
+from policies.errors import GateRefused, IntegrityError
+from policies.verdicts import REQUIRED_GATES, GateReport, GateResult, Verdict, require_passing
+
+P, F, I = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE  # noqa: E741
+
+
+def _report(**verdicts: Verdict) -> GateReport:
+    return GateReport("abc", 1.0, None, tuple(GateResult(gate, verdict, "because", {}) for gate, verdict in verdicts.items()))
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ({"performance": P, "safety": P, "robustness": P}, P),
+        ({"performance": P, "safety": I, "robustness": P}, I),
+        ({"performance": P, "safety": I, "robustness": F}, F),
+        ({"performance": P, "safety": P}, I),
+        ({}, I),
+    ],
+)
+def test_the_worst_gate_decides_and_a_missing_one_is_inconclusive(verdicts: dict[str, Verdict], expected: Verdict) -> None:
+    assert _report(**verdicts).verdict is expected
+
+
+def test_a_report_survives_json_and_one_that_contradicts_itself_is_refused() -> None:
+    report = _report(performance=P, safety=P, robustness=F)
+    assert GateReport.from_json(report.to_json()) == report
+    with pytest.raises(IntegrityError, match="its gates make 'fail'"):
+        GateReport.from_json({**report.to_json(), "verdict": "pass"})
+
+
+def test_only_a_passing_report_of_this_policy_or_a_reason_opens_the_door() -> None:
+    passing = _report(**dict.fromkeys(REQUIRED_GATES, P))
+    require_passing(passing, "abc", override=None, what="x")
+    require_passing(_report(performance=F), "abc", override="drill", what="x")
+    with pytest.raises(GateRefused, match="performance fail: because; robustness did not run; safety did not run"):
+        require_passing(_report(performance=F), "abc", override=None, what="x")
+    with pytest.raises(GateRefused, match="no gate report"):
+        require_passing(None, "abc", override="drill", what="x")
+    with pytest.raises(GateRefused, match="gate report is of policy"):
+        require_passing(passing, "def", override="drill", what="x")
