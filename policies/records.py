@@ -26,9 +26,10 @@ class SegmentHeader(msgspec.Struct, frozen=True):
 class Decision(msgspec.Struct, frozen=True):
     """One answered request: enough to recompute the action bit for bit and to learn from it off-policy.
 
-    `propensity` is the probability of `action` under the arm that answered, `mixture_propensity` under the traffic plan as a
-    whole (the sum over arms of weight times propensity). `seed` (53 bits) is the sampling seed. `fallback` says why another
-    version than the arm's own answered, null when it did. `latency_s` is receipt to just before this line was written.
+    `action` is the environment's own number, as it was answered. `propensity` is its probability under the arm that answered,
+    `mixture_propensity` under the traffic plan as a whole (the sum over arms of weight times propensity). `seed` (53 bits) is
+    the sampling seed. `fallback` says why another version than the arm's own answered, null when it did. `latency_s` is
+    receipt to just before this line was written.
     """
 
     decision_id: str
@@ -88,7 +89,9 @@ class LogTail:
 
     @property
     def position_s(self) -> float:
-        """Every noted record of before this time was returned; infinite when all were."""
+        """Every noted record of before this time was returned: infinite at the end, minus infinite while an error is due."""
+        if self._errors:
+            return -math.inf
         return min((self._times_s[path] for path in self._targets), default=math.inf)
 
     def read(self, max_bytes: int = 1 << 20) -> list:

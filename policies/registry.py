@@ -21,6 +21,7 @@ from policies.verdicts import Verdict
 SCHEMA_VERSION = 1
 MAX_APPEND_TRIES = 50
 
+ReleaseAction = Literal["advance", "promote", "rollback", "abort", "pause", "resume"]
 ReleaseState = Literal["running", "paused", "promoted", "rolled_back", "aborted"]
 
 
@@ -94,12 +95,19 @@ class RegistryState:
 
 
 def register_version(state: RegistryState, bundle: Bundle) -> dict[str, Any]:
-    """Return the entry that gives a bundle the next version number."""
+    """Return the entry that gives a bundle the next version number.
+
+    Raises `RegistryConflict` when the same policy is registered already: two numbers for it would be compared with themselves.
+    """
+    policy_sha256 = bundle.policy.sha256()
+    for version in state.versions.values():
+        if version.policy_sha256 == policy_sha256 and version.gate_verdict is Verdict.PASS:
+            raise RegistryConflict(f"this policy is version {version.number} already")
     return {
         "kind": "register",
         "version": len(state.versions) + 1,
         "digest": bundle.digest,
-        "policy_sha256": bundle.policy.sha256(),
+        "policy_sha256": policy_sha256,
         "gate_verdict": str(bundle.gate_report.verdict),
         "override_gates": bundle.manifest["override_gates"],
     }
@@ -143,7 +151,7 @@ def start_release(
 
 def change_release(
     state: RegistryState,
-    action: Literal["advance", "promote", "rollback", "abort", "pause", "resume"],
+    action: ReleaseAction,
     *,
     reason: str,
     numbers: dict[str, Any] | None = None,

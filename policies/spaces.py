@@ -1,6 +1,6 @@
 """Which observations and actions a policy takes, as JSON, and whether a value fits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from policies.errors import IntegrityError, RequestInvalid, SpaceUnsupported
 
 MAX_OBSERVATION_SIZE = 4096
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class Spaces:
     high_D: np.ndarray
     num_actions: int
     action_start: int = 0
+    # The bounds as Python floats, an open one being the largest float32: 1e39 is a finite float, but not a finite float32.
+    _lows: list[float] = field(init=False, repr=False, compare=False)
+    _highs: list[float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_lows", np.maximum(self.low_D, -LARGEST_FLOAT32).astype(np.float64).tolist())
+        object.__setattr__(self, "_highs", np.minimum(self.high_D, LARGEST_FLOAT32).astype(np.float64).tolist())
 
     @property
     def num_features(self) -> int:
@@ -80,19 +88,13 @@ class Spaces:
             raise RequestInvalid(f"observation is {type(value).__name__}; {expected}")
         if len(value) != self.num_features:
             raise RequestInvalid(f"observation has {len(value)} items; {expected}")
-        for index, item in enumerate(value):
+        for index, (item, low, high) in enumerate(zip(value, self._lows, self._highs)):
             if type(item) is not float and type(item) is not int:
                 raise RequestInvalid(f"observation[{index}] is {type(item).__name__}; {expected}")
-        try:
-            obs_D = np.array(value, np.float64)
-        except OverflowError:
-            raise RequestInvalid(f"observation holds an integer too large for a float; {expected}") from None
-        bad = ~((obs_D >= self.low_D) & (obs_D <= self.high_D) & np.isfinite(obs_D))
-        if bad.any():
-            index = int(bad.argmax())
-            limits = f"[{self.low_D[index]:g}, {self.high_D[index]:g}]"
-            raise RequestInvalid(f"observation[{index}] = {value[index]} is outside {limits}; {expected} in range")
-        return obs_D.astype(np.float32)
+            if not low <= item <= high:  # NaN fails too
+                limits = f"[{self.low_D[index]:g}, {self.high_D[index]:g}]"
+                raise RequestInvalid(f"observation[{index}] = {item!s:.24} is outside {limits}; {expected} in range")
+        return np.array(value, np.float64).astype(np.float32)
 
 
 def _finite_or_none(value: np.float32) -> float | None:

@@ -1,0 +1,1 @@
+"""Which processes run: rollout workers, learner, controller, monitor, release manager."""

@@ -1,0 +1,393 @@
+"""What production is doing: a cache of registry journal, decision log and feedback log that can be asked at any moment.
+
+Everything is read from the storage root, live and after a restart by the same code: a monitor that was killed comes back with
+the same numbers. Only the replicas' own reports are news from memory, and those come again within a second.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from ray.actor import ActorHandle
+
+from actors.detached import start_detached, start_heartbeat
+from actors.version_traffic import VersionTraffic, series_times
+from policies.confidence import ConfidenceSequence
+from policies.errors import IntegrityError
+from policies.joining import Joiner, Outcome
+from policies.records import Decision, Feedback, LogTail
+from policies.registry import Registry, RegistryState, Release
+from policies.release import ArmEvidence, ReleaseConfig, ReleaseEvidence, alpha_per_sequence, judge
+from policies.storage import Storage
+from policies.telemetry import ReplicaReport, monitor_name
+
+logger = logging.getLogger(__name__)
+
+REPLICA_SILENT_S = 30.0
+MAX_REPLICA_TOTALS = 1000  # lives of replicas that are counted apart; beyond, the oldest are added up
+MAX_ERRORS = 20
+
+
+class _ArmEvidence:
+    """Collects what one version does in one release; an interval per metric."""
+
+    def __init__(self, outcome_range: tuple[float, float], alpha: float) -> None:
+        self.outcomes = ConfidenceSequence(*outcome_range, alpha=alpha_per_sequence(alpha))
+        self.errors = ConfidenceSequence(0.0, 1.0, alpha=alpha_per_sequence(alpha), bins=1)
+
+    def freeze(self) -> ArmEvidence:
+        outcome_low, outcome_high = self.outcomes.interval()
+        error_low, error_high = self.errors.interval()
+        return ArmEvidence(
+            decisions=self.errors.num_observations,
+            errors=round(self.errors.total),
+            episodes=self.outcomes.num_observations,
+            outcome_mean=self.outcomes.mean,
+            outcome_low=outcome_low,
+            outcome_high=outcome_high,
+            error_low=error_low,
+            error_high=error_high,
+        )
+
+
+class Monitor:
+    """Follows one policy. Plain: `refresh(now)` reads what is new, the other methods answer from memory."""
+
+    def __init__(
+        self,
+        policy: str,
+        storage_root: str,
+        *,
+        outcome_range: tuple[float, float],
+        reward_window_s: float,
+        config: ReleaseConfig,
+        now: float,
+    ) -> None:
+        storage = Storage(Path(storage_root))
+        self._policy = policy
+        self._outcome_range = outcome_range
+        self._config = config
+        self._registry = Registry(storage.registry(policy))
+        self._state = RegistryState()
+        self._decisions = LogTail(storage.decisions(policy), Decision)
+        self._feedback = LogTail(storage.feedback(policy), Feedback)
+        self._joiner = Joiner(reward_window_s)
+        self._traffic: dict[int, VersionTraffic] = {}
+        self._evidence: dict[tuple[int, int], _ArmEvidence] = {}  # (release, version), of the last release only
+        self._replicas: dict[str, tuple[float, ReplicaReport]] = {}  # when it came
+        self._responses: dict[tuple[str, float], dict[int, int]] = {}  # of each life of each replica
+        self._older_responses: dict[int, int] = {}
+        self._num_clipped = 0
+        self._num_read = 0
+        self._rebuilt_decisions: int | None = None
+        self._started_at = now
+        self._refreshed_at: float | None = None
+        self._errors: deque[str] = deque(maxlen=MAX_ERRORS)
+
+    def refresh(self, now: float) -> None:
+        """Read everything that was written before this call."""
+        for _ in self.refresh_steps(now):
+            pass
+
+    def refresh_steps(self, now: float) -> Iterator[None]:
+        """Do `refresh` in steps of some ten milliseconds, so that somebody can ask in between.
+
+        Whichever log is behind in time is read next: after a restart neither runs ahead by more than a chunk, and waiting
+        feedback and open episodes stay as few as they are live.
+        """
+        self._fold_registry()
+        self._feedback.look()  # first: then the decision of each noted feedback is noted too
+        self._decisions.look()
+        while True:
+            if self._decisions.position_s <= self._feedback.position_s:
+                records = self._read(self._decisions)
+                for decision in records:
+                    self._take_decision(decision)
+                self._num_read += len(records)
+            else:
+                for feedback in self._read(self._feedback):
+                    self._joiner.feedback(feedback)
+            position_s = min(self._decisions.position_s, self._feedback.position_s)
+            for outcome in self._joiner.settle(min(now, position_s)):
+                self._take_outcome(outcome)
+            if position_s == math.inf:
+                break
+            yield
+        if self._rebuilt_decisions is None:
+            self._rebuilt_decisions = self._num_read
+        self._refreshed_at = now
+
+    def report(self, report: dict[str, Any], now: float) -> None:
+        """Take in what a replica says of itself (`ReplicaReport` as builtins). A repeated report changes nothing."""
+        replica = msgspec.convert(report, ReplicaReport, strict=False)
+        self._replicas[replica.replica] = (now, replica)
+        self._responses[replica.replica, replica.started_at_s] = replica.responses
+        if len(self._responses) > MAX_REPLICA_TOTALS:
+            oldest = self._responses.pop(next(iter(self._responses)))
+            self._older_responses = _sum([self._older_responses, oldest])
+
+    def note_error(self, error: Exception) -> None:
+        """Keep an error for the status page."""
+        logger.error("event=monitor_error policy=%s error=%r", self._policy, error)
+        self._errors.append(f"{type(error).__name__}: {error}")
+
+    def release_evidence(self) -> dict[str, Any]:
+        """Return the evidence of the open release and when it was complete: `release` and `evidence` are None without one."""
+        release = self._open_release()
+        return {
+            "refreshed_at": self._refreshed_at,
+            "release": release.number if release else None,
+            "evidence": self._release_evidence(release).to_json() if release else None,
+        }
+
+    def status(self, now: float) -> dict[str, Any]:
+        """Return everything the status page, the command line and the dashboard show."""
+        state = self._state
+        release = self._open_release()
+        replicas = [entry for entry in self._replicas.values() if now - entry[0] <= REPLICA_SILENT_S]
+        self._replicas = {report.replica: (came_at, report) for came_at, report in replicas}
+        counts = self._joiner.counts
+        return {
+            "policy": self._policy,
+            "time_s": now,
+            "champion": state.champion,
+            "plan": state.plan.to_json() if state.plan else None,
+            "release": self._open_release_status(release, now) if release else None,
+            "releases": [_release_status(closed) for closed in state.releases if not closed.is_open],
+            "versions": [
+                {
+                    "version": version.number,
+                    "digest": version.digest,
+                    "policy_sha256": version.policy_sha256,
+                    "gate_verdict": str(version.gate_verdict),
+                    "override_gates": version.override_gates,
+                    "registered_at": version.registered_at,
+                }
+                for version in state.versions.values()
+            ],
+            "arms": [self._arm_status(version, now) for version in self._shown_versions()],
+            "series": {
+                "time_s": series_times(now),
+                "versions": {str(version): traffic.series(now) for version, traffic in sorted(self._traffic.items())},
+            },
+            "feedback": {
+                **{name: counts[name] for name in ("joined", "duplicate", "unknown", "late")},
+                "waiting": self._joiner.num_waiting,
+            },
+            "replicas": [
+                {
+                    "replica": report.replica,
+                    "plan": report.plan,
+                    "versions": report.versions,
+                    "age_s": now - came_at,
+                    "responses": _string_keys(report.responses),
+                    "queue_depth": report.queue_depth,
+                    "load_failures": _string_keys(report.load_failures),
+                }
+                for came_at, report in replicas
+            ],
+            "responses": _string_keys(_sum([self._older_responses, *self._responses.values()])),
+            "monitor": {
+                "started_at": self._started_at,
+                "rebuilt_decisions": self._rebuilt_decisions,
+                "refresh_age_s": now - self._refreshed_at if self._refreshed_at is not None else None,
+                "integrity_errors": list(self._errors),
+                "counts": {
+                    **{name: counts[name] for name in ("duplicate_decisions", "abandoned", "evicted")},
+                    "clipped": self._num_clipped,
+                },
+            },
+        }
+
+    def _fold_registry(self) -> None:
+        try:
+            self._state = self._registry.state()
+        except IntegrityError as error:
+            self.note_error(error)
+        last = len(self._state.releases)
+        self._evidence = {key: arm for key, arm in self._evidence.items() if key[0] >= last}
+
+    def _read(self, tail: LogTail) -> list:
+        try:
+            return tail.read()
+        except IntegrityError as error:
+            self.note_error(error)
+            return []
+
+    def _take_decision(self, decision: Decision) -> None:
+        version = decision.version
+        if decision.fallback is not None:
+            if decision.release > len(self._state.releases):
+                self._fold_registry()
+            version = arm_version(decision, self._state)
+        if not self._joiner.decision(decision, version):
+            return
+        self._traffic_of(version).decision(decision)
+        evidence = self._evidence_of(decision.release, version)
+        if evidence is not None:
+            evidence.errors.update(1.0 if decision.fallback is not None else 0.0)
+
+    def _take_outcome(self, outcome: Outcome) -> None:
+        traffic = self._traffic_of(outcome.version)
+        if outcome.is_mixed:
+            traffic.num_mixed += 1
+            return
+        low, high = self._outcome_range
+        value = min(high, max(low, outcome.value))
+        self._num_clipped += value != outcome.value
+        traffic.outcome(outcome, value)
+        evidence = self._evidence_of(outcome.release, outcome.version)
+        if evidence is not None:
+            evidence.outcomes.update(value)
+
+    def _traffic_of(self, version: int) -> VersionTraffic:
+        if version not in self._traffic:
+            self._traffic[version] = VersionTraffic(self._outcome_range, self._config.alpha)
+        return self._traffic[version]
+
+    def _evidence_of(self, release: int, version: int) -> _ArmEvidence | None:
+        """Return where to collect evidence; None outside of releases and for those that are over."""
+        if release == 0 or release < len(self._state.releases):
+            return None
+        key = (release, version)
+        if key not in self._evidence:
+            self._evidence[key] = _ArmEvidence(self._outcome_range, self._config.alpha)
+        return self._evidence[key]
+
+    def _open_release(self) -> Release | None:
+        release = self._state.release
+        return release if release is not None and release.is_open else None
+
+    def _release_evidence(self, release: Release) -> ReleaseEvidence:
+        arms = [self._evidence_of(release.number, version) for version in (release.candidate, release.incumbent)]
+        candidate, incumbent = (arm.freeze() for arm in arms if arm is not None)
+        return ReleaseEvidence(self._outcome_range, candidate, incumbent)
+
+    def _open_release_status(self, release: Release, now: float) -> dict[str, Any]:
+        evidence = self._release_evidence(release)
+        gate_verdict = self._state.versions[release.candidate].gate_verdict
+        decision = judge(release, evidence, gate_verdict=gate_verdict, config=self._config, now=now)
+        return {
+            **_release_status(release),
+            "verdict": str(decision.verdict),
+            "reason": decision.reason,
+            "evidence": {key: value for key, value in evidence.to_json().items() if key != "outcome_range"},
+        }
+
+    def _shown_versions(self) -> list[int]:
+        planned = {arm.version for arm in self._state.plan.arms} if self._state.plan else set()
+        return sorted(planned | self._traffic.keys())
+
+    def _arm_status(self, version: int, now: float) -> dict[str, Any]:
+        arms = self._state.plan.arms if self._state.plan else ()
+        arm = next((arm for arm in arms if arm.version == version), None)
+        return {
+            "version": version,
+            "arm": arm.name if arm else None,
+            "weight": arm.weight if arm else 0.0,
+            **self._traffic_of(version).summary(now),
+        }
+
+
+def arm_version(decision: Decision, state: RegistryState) -> int:
+    """Return the version that should have answered: of the release's arm, or the champion of that time without a release."""
+    if 1 <= decision.release <= len(state.releases):
+        release = state.releases[decision.release - 1]
+        return release.candidate if decision.arm == "canary" else release.incumbent
+    for release in reversed(state.releases):
+        for entry in reversed(release.history):
+            if entry.time_s <= decision.time_s:
+                return release.candidate if entry.action == "promote" else release.incumbent
+    first_champion = state.releases[0].incumbent if state.releases else state.champion
+    return decision.version if first_champion is None else first_champion
+
+
+def _release_status(release: Release) -> dict[str, Any]:
+    return {
+        "number": release.number,
+        "candidate": release.candidate,
+        "incumbent": release.incumbent,
+        "state": release.state,
+        "step": release.step,
+        "weights": list(release.weights),
+        "canary_weight": release.weights[release.step] if release.is_open else 0.0,
+        "override_gates": release.override_gates,
+        "started_at": release.started_at,
+        "history": [
+            {"time_s": entry.time_s, "action": entry.action, "step": entry.step, "reason": entry.reason}
+            for entry in release.history
+        ],
+    }
+
+
+def _sum(totals: list[dict[int, int]]) -> dict[int, int]:
+    result: dict[int, int] = {}
+    for counts in totals:
+        for key, count in counts.items():
+            result[key] = result.get(key, 0) + count
+    return dict(sorted(result.items()))
+
+
+def _string_keys(values: dict[int, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in values.items()}
+
+
+class MonitorProcess:
+    """A `Monitor` that refreshes itself each second, with the system's clock. Its methods may be called again at will."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
+        config = ReleaseConfig.model_validate(settings["config"])
+        self._monitor = Monitor(**{**settings, "config": config, "now": time.time()})
+        self._lock = threading.Lock()
+        start_heartbeat(self._refresh)
+
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+    def report(self, report: dict[str, Any]) -> None:
+        with self._lock:
+            self._monitor.report(report, time.time())
+
+    def release_evidence(self) -> dict[str, Any]:
+        with self._lock:
+            return self._monitor.release_evidence()
+
+    def status(self) -> dict[str, Any]:
+        with self._lock:
+            return self._monitor.status(time.time())
+
+    def _refresh(self) -> None:
+        """Refresh step by step. Whatever goes wrong is shown, and ages the evidence, on which no release is then moved."""
+        steps = self._monitor.refresh_steps(time.time())
+        try:
+            while True:
+                with self._lock:
+                    next(steps)
+                time.sleep(0.001)  # a lock released and taken at once would keep the others out
+        except StopIteration:
+            return
+        except Exception as error:
+            logger.exception("event=refresh_failed")
+            with self._lock:
+                self._monitor.note_error(error)
+
+
+def start_monitor(
+    policy: str, storage_root: str, *, outcome_range: tuple[float, float], reward_window_s: float, config: ReleaseConfig
+) -> ActorHandle:
+    """Return the policy's monitor, starting it when there is none. Raises `ClusterError`."""
+    settings = {
+        "policy": policy,
+        "storage_root": str(storage_root),
+        "outcome_range": tuple(outcome_range),
+        "reward_window_s": reward_window_s,
+        "config": config.model_dump(),
+    }
+    return start_detached(MonitorProcess, monitor_name(policy), settings)

@@ -1,0 +1,55 @@
+"""The process that steps environments: collects fragments of its shards, and runs evaluation episodes. Imports no torch."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies.policy import Mode, Policy
+from training.config import EnvironmentConfig, TrainingConfig
+from training.evaluation import Chunk, Evaluation, evaluate_chunk
+from training.network import Weights
+from training.rollout import Rollout, Shard
+
+
+@dataclass(frozen=True)
+class CollectReport:
+    """The small part of a fragment, for the controller; the arrays go to the learner without passing through it."""
+
+    episode_returns_E: np.ndarray
+
+
+class RolloutWorker:
+    """Runs one or more shards. Everything it knows can be made again from the run's settings: it may die at any time."""
+
+    def __init__(self, environment: EnvironmentConfig, training: TrainingConfig, shards: tuple[int, ...]) -> None:
+        self._environment = environment
+        self._training = training
+        self._shard_numbers = shards
+        self._shards: list[Shard] = []
+
+    def process_id(self) -> int:
+        """Return the process id; the answer also says that this worker is ready."""
+        return os.getpid()
+
+    def collect(self, weights: Weights, update: int, *, attempt: int | None) -> tuple[CollectReport, list[Rollout]]:
+        """Return a report and one fragment per shard. With `attempt` given, all environments are made anew and reset first."""
+        if attempt is not None:
+            self._make_shards(update, attempt)
+        rollouts = [shard.collect(weights, update=update) for shard in self._shards]
+        return CollectReport(np.concatenate([rollout.episode_returns_E for rollout in rollouts])), rollouts
+
+    def evaluate(
+        self, policy: Policy, chunk: Chunk, *, seed: int, mode: Mode, noise_std_D: np.ndarray | None, keep_steps: bool
+    ) -> Evaluation:
+        """Run one chunk of evaluation episodes on environments of its own."""
+        return evaluate_chunk(
+            self._environment, policy, chunk, seed=seed, mode=mode, noise_std_D=noise_std_D, keep_steps=keep_steps
+        )
+
+    def _make_shards(self, update: int, attempt: int) -> None:
+        for shard in self._shards:
+            shard.close()
+        self._shards = [
+            Shard(self._environment, self._training, shard, update=update, attempt=attempt) for shard in self._shard_numbers
+        ]

@@ -1,0 +1,201 @@
+"""How one request becomes one logged decision: key, body, arm, batch, action, log line, answer."""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from policies.errors import ServiceUnavailable
+from policies.policy import choose, propensity_of, seed_of
+from policies.records import Decision
+from policies.traffic import Arm, assign
+from serve_app.asgi import Request
+from serve_app.batcher import Batcher
+from serve_app.config import ServingConfig
+from serve_app.decision_ids import DecisionIds
+from serve_app.decision_log import SegmentWriter
+from serve_app.keys import ApiKey
+from serve_app.telemetry import Counters
+from serve_app.variants import Snapshot, Variant, VariantStore
+from serve_app.wire import DecideAnswer, decide_decoder, encode
+
+logger = logging.getLogger(__name__)
+
+
+class Ask(NamedTuple):
+    """One request that waits for its batch. `started_s` is the monotonic time of its receipt."""
+
+    decision_id: str
+    unit_id: str
+    episode_id: str | None
+    observation: list[float]
+    obs_D: np.ndarray
+    started_s: float
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What one version says of a batch: probabilities [B, A], and for each row whether they can be used."""
+
+    variant: Variant
+    probabilities_BA: np.ndarray
+    is_usable_B: list[bool]
+    failure: str
+
+
+class Ingress:
+    """Answers POST /v1/decide."""
+
+    def __init__(
+        self,
+        policy: str,
+        *,
+        key: ApiKey,
+        decision_ids: DecisionIds,
+        variants: VariantStore,
+        log: SegmentWriter,
+        counters: Counters,
+        config: ServingConfig,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._policy = policy
+        self._key = key
+        self._decision_ids = decision_ids
+        self._variants = variants
+        self._log = log
+        self._counters = counters
+        self._max_body_bytes = config.max_body_bytes
+        self._wall_clock = wall_clock
+        self.batcher: Batcher[Ask, DecideAnswer] = Batcher(
+            self._answer_batch, max_batch_size=config.max_batch_size, max_queue=config.max_queue
+        )
+
+    async def decide(self, request: Request) -> bytes:
+        """Return the answer's JSON; raises `RequestRefused` for whatever is not answered with an action."""
+        started_s = time.perf_counter()
+        self._key.check(request.header(b"authorization"))  # before a byte of the body is read
+        body = decide_decoder.decode(await request.body(self._max_body_bytes))
+        request_id = body.request_id or secrets.token_hex(12)
+        ask = Ask(
+            decision_id=self._decision_ids.name(request_id),
+            unit_id=body.unit_id or request_id,
+            episode_id=body.episode_id,
+            observation=body.observation,
+            obs_D=self._snapshot().champion.policy.spaces.check_observation(body.observation),
+            started_s=started_s,
+        )
+        answer = await self.batcher.submit(ask)
+        self._counters.count_decision(time.perf_counter() - started_s)
+        return encode(answer)
+
+    def _answer_batch(self, asks: list[Ask]) -> list[DecideAnswer | Exception]:
+        """Decide for all, write all down, and only then let the answers go.
+
+        The snapshot is read once: a new plan comes into force between batches, never within one.
+        """
+        snapshot = self._snapshot()
+        distributions = _distributions(snapshot, asks)
+        outcomes = [self._decide_one(ask, row, snapshot, distributions) for row, ask in enumerate(asks)]
+        self._write_down([outcome for outcome in outcomes if isinstance(outcome, Decision)])
+        return [self._answer(outcome) if isinstance(outcome, Decision) else outcome for outcome in outcomes]
+
+    def _decide_one(
+        self, ask: Ask, row: int, snapshot: Snapshot, distributions: dict[int, Distribution]
+    ) -> Decision | ServiceUnavailable:
+        """Draw the action of one row; what is wrong with it is its own answer and nobody else's."""
+        arm = assign(ask.unit_id, snapshot.plan)
+        effective = {a.version: _effective(distributions, a, snapshot, row) for a in snapshot.plan.arms}
+        answering = effective[arm.version]
+        if answering is None:
+            return ServiceUnavailable(f"no version can answer this observation: {distributions[arm.version].failure}")
+        variant = answering.variant
+        seed = seed_of(ask.decision_id)
+        index, propensity = choose(answering.probabilities_BA[row], variant.mode, seed)
+        return Decision(
+            decision_id=ask.decision_id,
+            time_s=self._wall_clock(),
+            unit_id=ask.unit_id,
+            episode_id=ask.episode_id,
+            plan=snapshot.plan.number,
+            release=snapshot.plan.release,
+            arm=arm.name,
+            version=variant.version,
+            digest=variant.digest,
+            observation=ask.observation,
+            action=index + variant.policy.spaces.action_start,
+            mode=variant.mode,
+            seed=seed,
+            propensity=propensity,
+            mixture_propensity=_mixture_propensity(index, row, snapshot, effective),
+            fallback=None if variant.version == arm.version else distributions[arm.version].failure,
+            latency_s=time.perf_counter() - ask.started_s,
+        )
+
+    def _write_down(self, decisions: list[Decision]) -> None:
+        """Append the batch to the log with one write; raises `ServiceUnavailable`: what is not logged is not answered."""
+        if not decisions:
+            return
+        try:
+            self._log.append(b"".join([encode(decision) + b"\n" for decision in decisions]))
+        except OSError as error:
+            logger.error("event=decisions_not_logged num_decisions=%d error=%r", len(decisions), str(error))
+            raise ServiceUnavailable(f"the decision log cannot be written: {error}") from error
+
+    def _answer(self, decision: Decision) -> DecideAnswer:
+        return DecideAnswer(
+            decision_id=decision.decision_id,
+            action=decision.action,
+            policy=self._policy,
+            version=decision.version,
+            arm=decision.arm,
+            propensity=decision.propensity,
+            fallback=decision.fallback,
+        )
+
+    def _snapshot(self) -> Snapshot:
+        snapshot = self._variants.snapshot
+        if snapshot is None:
+            raise ServiceUnavailable(f"no champion of {self._policy} is loaded: {self._variants.why_not_ready()}")
+        return snapshot
+
+
+def _distributions(snapshot: Snapshot, asks: list[Ask]) -> dict[int, Distribution]:
+    """Ask every version of the plan about every row: the mixture needs them all, and a fallback has its answer at hand."""
+    obs_BD = np.stack([ask.obs_D for ask in asks])
+    return {version: _distribution(variant, obs_BD) for version, variant in snapshot.variants.items()}
+
+
+def _distribution(variant: Variant, obs_BD: np.ndarray) -> Distribution:
+    try:
+        probabilities_BA = variant.probabilities(obs_BD)
+    except Exception as error:  # a version's failure is not the request's: the champion answers instead
+        logger.exception("event=version_failed version=%d", variant.version)
+        nothing = np.empty((len(obs_BD), 0))
+        return Distribution(variant, nothing, [False] * len(obs_BD), f"version {variant.version} raised {error!r}")
+    is_usable_B = np.isfinite(probabilities_BA).all(axis=1).tolist()
+    return Distribution(variant, probabilities_BA, is_usable_B, f"version {variant.version} gave NaN")
+
+
+def _effective(distributions: dict[int, Distribution], arm: Arm, snapshot: Snapshot, row: int) -> Distribution | None:
+    """Return the distribution that answers this row in this arm: its own version's, else the champion's, else None."""
+    for version in (arm.version, snapshot.champion.version):
+        if distributions[version].is_usable_B[row]:
+            return distributions[version]
+    return None
+
+
+def _mixture_propensity(index: int, row: int, snapshot: Snapshot, effective: dict[int, Distribution | None]) -> float:
+    """Return the probability of the action before the unit's arm was known: the sum over arms of weight times propensity.
+
+    An arm that could not have answered this row sends no action, so it adds nothing.
+    """
+    total = 0.0
+    for arm in snapshot.plan.arms:
+        distribution = effective[arm.version]
+        if distribution is not None:
+            total += arm.weight * propensity_of(index, distribution.probabilities_BA[row], distribution.variant.mode)
+    return total

@@ -1,0 +1,100 @@
+"""What runs in one Serve replica, put together from its parts."""
+
+import asyncio
+import secrets
+import time
+from typing import Any
+
+from policies.registry import Registry
+from policies.storage import open_storage
+from policies.telemetry import ReplicaReport
+from serve_app.config import ServingConfig
+from serve_app.decision_ids import DecisionIds
+from serve_app.decision_log import SegmentWriter
+from serve_app.feedback import FeedbackIntake
+from serve_app.http_api import HttpApi
+from serve_app.ingress import Ingress
+from serve_app.keys import ApiKey
+from serve_app.static_files import read_static_files
+from serve_app.status import StatusView
+from serve_app.telemetry import Counters, MonitorLink, report_for_ever
+from serve_app.variants import VariantStore
+
+
+class PolicyReplica:
+    """A plain class; `serve_app.app` makes a Serve deployment of it. Loads the plan before it is ready for requests."""
+
+    def __init__(self, policy: str, storage_root: str, config: dict[str, Any]) -> None:
+        settings = ServingConfig(**config)
+        storage = open_storage(storage_root)
+        self._started_at_s = time.time()
+        self.name = f"replica-{int(self._started_at_s)}-{secrets.token_hex(4)}"  # new at each start, see SegmentWriter
+        key, decision_ids = ApiKey.of(storage), DecisionIds.of(storage)
+        self._decisions = SegmentWriter(storage.decisions(policy), "decisions", self.name)
+        self._feedback = SegmentWriter(storage.feedback(policy), "feedback", self.name)
+        self._counters = Counters()
+        self._variants = VariantStore(Registry(storage.registry(policy)))
+        self._variants.refresh(now=time.monotonic())
+        self._monitor = MonitorLink(policy)
+        self._background: list[asyncio.Task[None]] = []
+        self._ingress = Ingress(
+            policy,
+            key=key,
+            decision_ids=decision_ids,
+            variants=self._variants,
+            log=self._decisions,
+            counters=self._counters,
+            config=settings,
+        )
+        self.api = HttpApi(
+            ingress=self._ingress,
+            feedback=FeedbackIntake(key=key, decision_ids=decision_ids, log=self._feedback, config=settings),
+            status=StatusView(policy, self._variants, self._monitor.status),
+            variants=self._variants,
+            key=key,
+            counters=self._counters,
+            files=read_static_files(),
+            start=self._start,
+            stop=self._stop,
+        )
+
+    def __serve_build_asgi_app__(self) -> HttpApi:
+        """Ray Serve asks for the ASGI application by this name."""
+        return self.api
+
+    async def check_health(self) -> None:
+        """Ray Serve calls this every few seconds and replaces the replica when it raises.
+
+        That the loop came to it proves that requests are being answered; what could have died unseen are our own tasks.
+        """
+        for task in self._background:
+            if task.done():
+                raise RuntimeError(f"background task {task.get_name()} ended: {task}")
+
+    def report(self) -> ReplicaReport:
+        """Return this replica's totals as the message the monitor takes."""
+        snapshot = self._variants.snapshot
+        return ReplicaReport(
+            replica=self.name,
+            time_s=time.time(),
+            started_at_s=self._started_at_s,
+            plan=snapshot.plan.number if snapshot else 0,
+            versions=self._variants.versions,
+            responses=dict(self._counters.responses),
+            latency_counts=list(self._counters.latency_counts),
+            queue_depth=len(self._ingress.batcher),
+            load_failures=self._variants.load_failures,
+        )
+
+    async def _start(self) -> None:
+        self._background = [
+            asyncio.create_task(self._variants.follow(), name="follow_registry"),
+            asyncio.create_task(report_for_ever(self._monitor, self.report), name="report_to_monitor"),
+        ]
+
+    async def _stop(self) -> None:
+        for task in self._background:
+            task.cancel()
+        self._background = []
+        self._decisions.close()
+        self._feedback.close()

@@ -1,0 +1,218 @@
+"""Does the program do what its user types: the whole loop in `up`, each step alone, and clear errors?"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from policies.storage import open_storage
+from trimtab.client import Client
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+LOOP_FILE = ROOT / "examples" / "cartpole.yaml"
+TRIMTAB = [sys.executable, "-m", "trimtab"]
+START_TIMEOUT_S = 240.0  # of a whole `up`, training included, on a machine that does other things as well
+STOP_TIMEOUT_S = 90.0
+
+
+def _trimtab(*arguments: str, storage: Path | None = None, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+    command = [*TRIMTAB, *arguments, *(["--storage", str(storage)] if storage else [])]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+
+
+def _json(*arguments: str, storage: Path, expected_code: int = 0) -> dict[str, Any]:
+    result = _trimtab(*arguments, "--json", storage=storage)
+    assert result.returncode == expected_code, result.stderr
+    return json.loads(result.stdout)  # exactly one document, or this fails
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start_up(storage: Path, port: int) -> subprocess.Popen[str]:
+    command = [*TRIMTAB, "up", str(LOOP_FILE), "--storage", str(storage), "--address", "local", "--set", f"serving.port={port}"]
+    with open(storage.parent / "up.log", "w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def _log(storage: Path) -> str:
+    return (storage.parent / "up.log").read_text()
+
+
+def _wait_for(storage: Path, process: subprocess.Popen[str], text: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while text not in _log(storage):
+        assert process.poll() is None, _log(storage)
+        assert time.monotonic() < deadline, _log(storage)
+        time.sleep(0.1)
+
+
+def _descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def _interrupt(process: subprocess.Popen[str]) -> int:
+    """Press Ctrl-C as a terminal does: the signal goes to the whole foreground group."""
+    os.killpg(process.pid, signal.SIGINT)
+    return process.wait(timeout=STOP_TIMEOUT_S)
+
+
+def _assert_all_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive, [(p.pid, p.name()) for p in alive]
+
+
+def _haproxies() -> set[int]:
+    return {p.pid for p in psutil.process_iter(["name"]) if "haproxy" in (p.info["name"] or "")}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator[tuple[Path, str]]:
+    """A storage root whose first `up` was interrupted in the middle of training, and the run it left."""
+    storage = tmp_path_factory.mktemp("up") / "data"
+    process = _start_up(storage, port)
+    try:
+        _wait_for(storage, process, "update 3 ")
+        children = _descendants(process)
+        code = _interrupt(process)
+        assert code == 130 and "stopped" in _log(storage), _log(storage)
+        _assert_all_gone(children)
+    finally:
+        process.kill()
+    (run,) = (storage / "runs").iterdir()
+    yield storage, run.name
+
+
+@pytest.fixture(scope="module")
+def served(interrupted: tuple[Path, str], port: int) -> Iterator[Path]:
+    """The same storage after a second `up` went on with the interrupted run and serves its policy."""
+    storage, run = interrupted
+    haproxies = _haproxies()
+    process = _start_up(storage, port)
+    try:
+        _wait_for(storage, process, "try: curl")
+        assert [path.name for path in (storage / "runs").iterdir()] == [run]  # continued, not started again
+        yield storage
+        children = _descendants(process)
+        assert any("raylet" in child.name() for child in children)  # else the next line could not fail
+        assert _interrupt(process) == 130
+        _assert_all_gone(children)
+        assert _haproxies() <= haproxies
+    finally:
+        process.kill()
+
+
+def test_up_after_an_interruption_serves_and_its_curl_line_works(served: Path) -> None:
+    (line,) = [line for line in _log(served).splitlines() if line.startswith("try: ")]
+    answer = subprocess.run(["bash", "-c", line.removeprefix("try: ")], capture_output=True, text=True, timeout=30)
+    decision = json.loads(answer.stdout)
+    assert decision["action"] in (0, 1) and (decision["version"], decision["arm"]) == (1, "champion")
+    assert open_storage(served).api_key_file.read_text() not in _log(served)  # the place of the key is printed, not the key
+
+
+def test_a_second_server_on_the_same_storage_is_refused(served: Path) -> None:
+    result = _trimtab("serve", storage=served)
+    assert result.returncode == 2 and "already serves" in result.stderr
+
+
+def test_decide_replay_and_status_agree(served: Path) -> None:
+    decision = _json("decide", "[0.01, 0.02, 0.03, 0.04]", "--unit-id", "u", storage=served)
+    replayed = _json("replay", decision["decision_id"], storage=served)
+    assert replayed["equal"] is True and replayed["recomputed"]["action"] == decision["action"]
+    time.sleep(2.5)  # the monitor reads the log once a second, a replica asks it once a second
+    status = _json("status", storage=served)
+    assert status["champion"] == 1 and status["arms"][0]["decisions"] >= 1
+
+
+def test_a_changed_log_line_does_not_replay(served: Path) -> None:
+    """The negative control of replay: the same record with another observation."""
+    decision = _json("decide", "[0.01, 0.02, 0.03, 0.04]", storage=served)
+    (segment,) = (served / "log" / "cartpole" / "decisions").glob("*.jsonl")
+    original = segment.read_bytes()
+    line = next(line for line in original.splitlines() if decision["decision_id"].encode() in line)
+    forged = json.loads(line)
+    forged["action"], forged["decision_id"] = 1 - forged["action"], forged["decision_id"] + "x"
+    copy = segment.with_name("zz-forged.jsonl")
+    copy.write_bytes(original.splitlines()[0] + b"\n" + json.dumps(forged).encode() + b"\n")
+    try:
+        result = _trimtab("replay", forged["decision_id"], storage=served)
+        assert result.returncode == 1 and "DIFFERENT" in result.stdout
+    finally:
+        copy.unlink()
+
+
+def test_drive_returns_over_http_what_evaluate_says(served: Path) -> None:
+    driven = _json("drive", "--episodes", "30", "--concurrency", "16", storage=served)
+    assert driven["episodes"] == 30 and driven["failed_requests"] == 0 and driven["feedback"] == driven["decisions"]
+    evaluated = _json("evaluate", "--version", "1", "--episodes", "30", storage=served)
+    # Different initial states: the two means differ by chance. The intervals must overlap, and CartPole ends at 500.
+    low, high = driven["return_low"], driven["return_high"]
+    assert low <= evaluated["return_high"] and evaluated["return_low"] <= high and 475 <= driven["return_mean"] <= 500
+
+
+def test_wrong_questions_get_a_clear_answer(served: Path) -> None:
+    result = _trimtab("decide", "[1, 2]", storage=served)
+    assert result.returncode == 2 and "observation has 2 items; expected a list of 4 finite numbers" in result.stderr
+    assert _trimtab("decide", "not json", storage=served).returncode == 2
+    result = _trimtab("release", "start", "--version", "7", storage=served)
+    assert result.returncode == 2 and "version 7 does not exist; registered: [1]" in result.stderr
+    result = _trimtab("release", "status", storage=served)
+    assert result.returncode == 2 and "there has been no release" in result.stderr
+    with Client("http://127.0.0.1:9", "key", timeout_s=0.5) as client, pytest.raises(Exception, match="did not answer within"):
+        client.decide([0.0])
+
+
+def test_a_bundle_with_a_changed_byte_is_refused_with_both_hashes(served: Path) -> None:
+    (bundle,) = [path for path in (served / "registry" / "cartpole" / "bundles").iterdir() if path.is_dir()]
+    path = bundle / "policy.safetensors"
+    original = path.read_bytes()
+    path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    try:
+        result = _trimtab("evaluate", "--version", "1", storage=served)
+        assert result.returncode == 2 and "policy.safetensors: sha256 is" in result.stderr and "manifest says" in result.stderr
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--set", "environment.id=CartPoel-v1"], "did you mean CartPole"),
+        (["train", "--set", "training.lr=fast"], "training.lr: Input should be a valid number"),
+        (["train", "--set", "environment.id=MountainCarContinuous-v0"], "must be Discrete"),
+        (["train", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["train", "--address", "127.0.0.1:9"], "does not answer within"),
+        (["resume", "--run", "nope"], "'nope'"),
+        (["serve"], "has no champion"),
+        (["status"], "nothing is serving"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_usage_and_environment_errors_end_with_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = _trimtab(*arguments, storage=None if arguments == ["frobnicate"] else tmp_path / "data")
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_taken_port_is_named(served: Path, tmp_path: Path, port: int) -> None:
+    """The first server's champion is published into a second storage, which then asks for the same port."""
+    registry = tmp_path / "data" / "registry"
+    open_storage(tmp_path / "data")
+    subprocess.run(["cp", "-r", str(served / "registry"), str(registry)], check=True)
+    result = _trimtab("serve", "--address", "local", "--set", f"serving.port={port}", storage=tmp_path / "data")
+    assert result.returncode == 2 and f"{port}" in result.stderr and "Traceback" not in result.stderr

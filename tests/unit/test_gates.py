@@ -1,0 +1,133 @@
+"""Do the gates decide by evidence: pass and fail where it is clear, inconclusive where it is not?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from policies.errors import ConfigError
+from policies.verdicts import Verdict
+from tests.bundles import make_policy
+from training.gates import run_gates
+from training.gates.config import GatesConfig, PerformanceConfig, RobustnessConfig, SafetyConfig
+from training.gates.intervals import mean_interval, proportion_interval
+from training.gates.performance import judge_performance
+from training.gates.robustness import judge_robustness
+from training.gates.safety import judge_safety, load_constraint
+
+
+def test_mean_interval_equals_the_hand_computed_one() -> None:
+    # 1, 2, 3: mean 2, standard deviation 1, standard error 1/sqrt(3); t with 2 degrees of freedom at 97.5 % is 4.302653.
+    interval = mean_interval(np.array([1.0, 2.0, 3.0]), 0.95)
+    assert interval.mean == 2.0
+    assert interval.high - 2.0 == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+
+
+def test_proportion_interval_equals_the_closed_form_at_its_ends() -> None:
+    # No hit in n: the upper end solves (1 - p)^n = 0.025, so p = 1 - 0.025^(1/n). By symmetry for n hits.
+    assert proportion_interval(0, 100, 0.95).high == pytest.approx(1 - 0.025 ** (1 / 100))
+    assert proportion_interval(100, 100, 0.95).low == pytest.approx(0.025 ** (1 / 100))
+    assert proportion_interval(0, 100, 0.95).low == 0.0
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    # 2,000 repetitions at 95 %: the standard error of the coverage is 0.5 %, so 93.5 % is three of them below.
+    rng = np.random.default_rng(0)
+    means = [mean_interval(rng.normal(3.0, 2.0, 20), 0.95) for _ in range(2000)]
+    assert np.mean([i.low <= 3.0 <= i.high for i in means]) >= 0.935
+    hits = [proportion_interval(int(rng.binomial(200, 0.01)), 200, 0.95) for _ in range(2000)]
+    assert np.mean([i.low <= 0.01 <= i.high for i in hits]) >= 0.935
+
+
+def _performance(returns: list[float], incumbent: list[float] | None = None) -> Verdict:
+    incumbent_E = None if incumbent is None else np.array(incumbent)
+    config = PerformanceConfig(max_regression=0.05)
+    return judge_performance(np.array(returns), incumbent_E, min_return=475, config=config, confidence=0.95).verdict
+
+
+def test_performance_is_three_valued() -> None:
+    assert _performance([500.0] * 50) is Verdict.PASS
+    assert _performance([9.0, 10.0] * 25) is Verdict.FAIL
+    assert _performance([500.0, 440.0] * 5) is Verdict.INCONCLUSIVE  # 470 ± 23: neither above nor below 475
+
+
+def test_performance_compares_with_the_incumbent_on_the_same_initial_states() -> None:
+    # Differences of exactly +1 have no spread, although returns spread by 200: pairing finds what an unpaired test cannot.
+    rng = np.random.default_rng(0)
+    incumbent = rng.uniform(800, 1000, 10)
+    assert _performance(list(incumbent + 1), list(incumbent)) is Verdict.PASS
+    assert _performance(list(incumbent * 0.9), list(incumbent)) is Verdict.FAIL  # 10 % less; 5 % are allowed
+    noisy = incumbent - 45 + rng.normal(0, 60, 10)  # about the allowed 5 % less, with noise: not decidable
+    assert _performance(list(noisy), list(incumbent)) is Verdict.INCONCLUSIVE
+
+
+def _safety(violations: int, decisions: int, max_rate: float = 0.001) -> Verdict:
+    obs_ND = np.zeros((decisions, 2), np.float32)
+    obs_ND[:violations, 0] = 1
+    config = SafetyConfig(constraint="tests:x", max_violation_rate=max_rate)
+    result = judge_safety(lambda obs_D, action: obs_D[0] == 0, obs_ND, np.zeros(decisions, int), config=config, confidence=0.95)
+    assert result.numbers["violations"] == violations
+    assert len(result.numbers["first_violations"]) == min(violations, 3)
+    return result.verdict
+
+
+def test_safety_needs_enough_decisions_to_prove_a_small_rate() -> None:
+    # 0 of n proves 0.001 when 1 - 0.025^(1/n) <= 0.001, that is from n = 3688 on.
+    assert _safety(0, 3687) is Verdict.INCONCLUSIVE
+    assert _safety(0, 3688) is Verdict.PASS
+    assert _safety(50, 3688) is Verdict.FAIL
+
+
+def test_safety_without_a_constraint_is_inconclusive_and_says_what_to_do() -> None:
+    result = judge_safety(None, np.zeros((9999, 2)), np.zeros(9999, int), config=SafetyConfig(), confidence=0.95)
+    assert result.verdict is Verdict.INCONCLUSIVE and "gates.safety.constraint" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [("nothing", "expected"), ("no_such_module:f", "cannot import"), ("math:nope", "no function 'nope'")],
+)
+def test_a_constraint_that_cannot_be_imported_is_named(reference: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_constraint(reference)
+
+
+def _robustness(levels: dict[float, list[float]], clean: float = 500.0) -> Verdict:
+    config = RobustnessConfig(noise_levels=(0.1, 0.2), min_return_ratio=0.8)
+    returns = {level: np.array(values) for level, values in levels.items()}
+    return judge_robustness(clean, returns, config=config, confidence=0.95).verdict
+
+
+def test_a_good_but_fragile_policy_fails_robustness() -> None:
+    assert _robustness({0.1: [500.0] * 20, 0.2: [480.0] * 20}) is Verdict.PASS
+    assert _robustness({0.1: [500.0] * 20, 0.2: [60.0, 70.0] * 10}) is Verdict.FAIL
+    assert _robustness({0.1: [500.0] * 20, 0.2: [420.0, 360.0] * 3}) is Verdict.INCONCLUSIVE
+    assert _robustness({0.1: [500.0] * 20}) is Verdict.INCONCLUSIVE  # a level that was not measured
+
+
+def test_robustness_of_negative_returns_asks_for_a_lower_number() -> None:
+    # 80 % of -100 must not ask for -80 (better than clean): it allows 20 % worse, -120.
+    assert _robustness({0.1: [-110.0] * 20, 0.2: [-119.0] * 20}, clean=-100.0) is Verdict.PASS
+    assert _robustness({0.1: [-110.0] * 20, 0.2: [-121.0] * 20}, clean=-100.0) is Verdict.FAIL
+
+
+@dataclass(frozen=True)
+class _Rows:
+    returns_E: np.ndarray
+    obs_ND: np.ndarray
+    actions_N: np.ndarray
+
+
+def test_all_gates_share_seeds_and_the_report_names_the_policy() -> None:
+    policy, asked = make_policy(), []
+
+    def evaluate(candidate, *, num_episodes, seed, noise_std_D, keep_steps):
+        asked.append((seed, None if noise_std_D is None else noise_std_D.tolist()))
+        obs_ND = np.random.default_rng(seed).normal(0, 2.0, (5000, 4)).astype(np.float32)
+        return _Rows(np.full(num_episodes, 500.0), obs_ND, np.zeros(5000, int))
+
+    config = GatesConfig(seed=11, safety=SafetyConfig(constraint="training.gates.safety:no_constraint"))
+    report, obs_ND = run_gates(policy, incumbent=(1, make_policy(1)), evaluate=evaluate, config=config, min_return=475.0, now=5.0)
+    assert report.verdict is Verdict.PASS and report.policy_sha256 == policy.sha256() and report.incumbent_version == 1
+    assert [seed for seed, _ in asked[:2]] == [11, 11]  # candidate and incumbent start from the same states
+    np.testing.assert_allclose(asked[2][1], 0.05 * obs_ND.std(axis=0), rtol=1e-5)  # noise is a share of each feature's spread

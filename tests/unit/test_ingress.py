@@ -1,0 +1,241 @@
+"""The request path without Ray: what is answered is logged first, and what is logged can be computed again."""
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from policies.policy import choose, seed_of
+from policies.records import Decision, LogTail
+from policies.registry import Registry
+from policies.storage import Storage, open_storage
+from policies.traffic import Arm, TrafficPlan, assign, champion_only, with_canary
+from serve_app.config import ServingConfig
+from serve_app.decision_ids import DecisionIds
+from serve_app.replica import PolicyReplica
+from serve_app.variants import Variant
+from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release, snapshot_of, variant_of
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    storage = open_storage(tmp_path / "storage")
+    publish(storage, random_policy(1))
+    return storage
+
+
+def replica_of(storage: Storage, **config: object) -> PolicyReplica:
+    return PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
+
+
+def decide_all(storage: Storage, replica: PolicyReplica, bodies: list[dict]) -> list[Reply]:
+    """Send requests so that they arrive in one turn of the loop, and so in one batch."""
+    key = storage.api_key_file.read_text()
+
+    async def run() -> list[Reply]:
+        calls = [call(replica.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key) for body in bodies]
+        return await asyncio.gather(*calls)
+
+    return asyncio.run(run())
+
+
+def logged(storage: Storage) -> list[Decision]:
+    return read_new(LogTail(storage.decisions(NAME), Decision))
+
+
+def observations(num: int) -> list[list[float]]:
+    return np.random.default_rng(3).normal(size=(num, 4)).tolist()
+
+
+def put_in_force(replica: PolicyReplica, plan: TrafficPlan, *variants: Variant) -> None:
+    replica._variants.snapshot = snapshot_of(plan, *variants)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 8, 9, 64])
+def test_a_logged_decision_replays_bit_for_bit_from_any_batch(storage: Storage, batch_size: int) -> None:
+    replies = decide_all(storage, replica_of(storage), [{"observation": obs} for obs in observations(batch_size)])
+    assert [reply.status for reply in replies] == [200] * batch_size
+    policy = Registry(storage.registry(NAME)).bundle(1).policy
+    decisions = logged(storage)
+    assert len(decisions) == batch_size
+    for decision in decisions:
+        obs_1D = np.array([decision.observation]).astype(np.float32)
+        again = choose(policy.probabilities(obs_1D)[0], decision.mode, decision.seed)
+        assert again == (decision.action, decision.propensity)  # equal floats, not close ones
+
+
+def test_another_version_would_not_reproduce_the_log(storage: Storage) -> None:
+    """Negative control: the replay above does not hold by accident."""
+    decide_all(storage, replica_of(storage), [{"observation": obs} for obs in observations(32)])
+    other = random_policy(99)
+    obs_BD = np.array([decision.observation for decision in logged(storage)]).astype(np.float32)
+    again = [choose(p_A, "sample", d.seed) for p_A, d in zip(other.probabilities(obs_BD), logged(storage))]
+    assert not any(propensity == decision.propensity for (_, propensity), decision in zip(again, logged(storage)))
+
+
+def test_the_answer_is_what_the_log_says(storage: Storage) -> None:
+    body = {"observation": [0.1, 2, -0.3, 0.4], "unit_id": "u", "episode_id": "e", "request_id": "r-1"}
+    [reply] = decide_all(storage, replica_of(storage), [body])
+    [decision] = logged(storage)
+    assert reply.json() == {
+        "decision_id": decision.decision_id,
+        "action": decision.action,
+        "policy": NAME,
+        "version": 1,
+        "arm": "champion",
+        "propensity": decision.propensity,
+        "fallback": None,
+    }
+    assert decision.decision_id.startswith("r-1.") and len(decision.decision_id) == len("r-1.") + 12
+    assert (decision.unit_id, decision.episode_id, decision.observation) == ("u", "e", [0.1, 2.0, -0.3, 0.4])
+    assert decision.seed == seed_of(decision.decision_id)
+    assert decision.mixture_propensity == decision.propensity, "with one arm the mixture is the arm"
+
+
+def test_the_unit_is_the_request_when_none_is_named(storage: Storage) -> None:
+    decide_all(storage, replica_of(storage), [{"observation": [0, 0, 0, 0], "request_id": "r-1"}])
+    assert logged(storage)[0].unit_id == "r-1"
+
+
+def test_the_line_is_in_the_file_before_the_answer_is_sent(storage: Storage) -> None:
+    replica, key = replica_of(storage), storage.api_key_file.read_text()
+    ids_in_log_at_answer: list[bool] = []
+
+    async def run() -> None:
+        async def receive() -> dict:
+            return {"type": "http.request", "body": b'{"observation":[0,0,0,0],"request_id":"r-1"}', "more_body": False}
+
+        async def send(message: dict) -> None:
+            ids_in_log_at_answer.append(any(decision.decision_id.startswith("r-1.") for decision in logged(storage)))
+
+        headers = [(b"authorization", b"Bearer " + key.encode())]
+        await replica.api({"type": "http", "method": "POST", "path": "/v1/decide", "headers": headers}, receive, send)
+
+    asyncio.run(run())
+    assert ids_in_log_at_answer == [True, True]
+
+
+def test_what_cannot_be_logged_is_not_answered_and_service_resumes(storage: Storage) -> None:
+    replica = replica_of(storage)
+    append = replica._decisions.append
+
+    def no_space(lines: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    replica._decisions.append = no_space  # type: ignore[method-assign]
+    replies = decide_all(storage, replica, [{"observation": [0, 0, 0, 0]}] * 3)
+    assert [reply.status for reply in replies] == [503] * 3
+    assert "No space left" in replies[0].error and replies[0].headers["retry-after"] == "1"
+    replica._decisions.append = append  # type: ignore[method-assign]
+    assert decide_all(storage, replica, [{"observation": [0, 0, 0, 0]}])[0].status == 200
+
+
+def test_the_same_request_id_gets_the_same_decision_from_every_replica(storage: Storage) -> None:
+    bodies = [{"observation": obs, "request_id": f"r-{index}"} for index, obs in enumerate(observations(20))]
+    first = [reply.json() for reply in decide_all(storage, replica_of(storage), bodies)]
+    second = [reply.json() for reply in decide_all(storage, replica_of(storage), bodies[::-1])]
+    assert first == second[::-1]
+    fresh = [
+        reply.json() for reply in decide_all(storage, replica_of(storage), [{"observation": b["observation"]} for b in bodies])
+    ]
+    # Negative control: without the id another number is drawn, so some of 20 sampled actions differ.
+    assert [answer["action"] for answer in first] != [answer["action"] for answer in fresh]
+
+
+def test_the_split_and_the_mixture_propensity_are_what_the_plan_says(storage: Storage) -> None:
+    publish(storage, random_policy(2))
+    release(storage, 2, weights=(0.25,))
+    decide_all(storage, replica_of(storage), [{"observation": obs, "unit_id": f"u{n}"} for n, obs in enumerate(observations(40))])
+    plan = with_canary(4, 1, champion=1, candidate=2, weight=0.25)
+    policies = {1: random_policy(1), 2: random_policy(2)}
+    decisions = logged(storage)
+    assert {decision.arm for decision in decisions} == {"champion", "canary"}
+    for decision in decisions:
+        assert (decision.plan, decision.release) == (4, 1)
+        assert (decision.arm, decision.version) == (assign(decision.unit_id, plan).name, 2 if decision.arm == "canary" else 1)
+        obs_1D = np.array([decision.observation]).astype(np.float32)
+        p = {version: policy.probabilities(obs_1D)[0][decision.action] for version, policy in policies.items()}
+        assert decision.propensity == p[decision.version]
+        assert decision.mixture_propensity == pytest.approx(0.25 * p[2] + 0.75 * p[1], abs=1e-15)
+
+
+class NanForPositive(Variant):
+    """A version whose network overflows on some observations."""
+
+    def probabilities(self, obs_BD: np.ndarray) -> np.ndarray:
+        probabilities_BA = super().probabilities(obs_BD).copy()
+        probabilities_BA[obs_BD[:, 1] > 0] = np.nan
+        return probabilities_BA
+
+
+class Raising(Variant):
+    """A version whose code fails."""
+
+    def probabilities(self, obs_BD: np.ndarray) -> np.ndarray:
+        raise FloatingPointError("matrix is tired")
+
+
+EVERYBODY = TrafficPlan(9, 1, (Arm("canary", 2, 1.0), Arm("champion", 1, 0.0)))
+
+
+def test_a_canary_that_raises_is_answered_for_by_the_champion(storage: Storage) -> None:
+    replica = replica_of(storage)
+    put_in_force(replica, EVERYBODY, variant_of(1, random_policy(1)), Raising(2, "d2", random_policy(2), "sample"))
+    [reply] = decide_all(storage, replica, [{"observation": [0.1, 0.2, 0.3, 0.4]}])
+    [decision] = logged(storage)
+    assert reply.status == 200
+    assert (decision.arm, decision.version, decision.digest) == ("canary", 1, "digest-1")
+    assert reply.json()["fallback"] == decision.fallback
+    assert decision.fallback is not None and "matrix is tired" in decision.fallback
+    champions = random_policy(1).probabilities(np.array([[0.1, 0.2, 0.3, 0.4]], np.float32))[0][decision.action]
+    # The canary's share is answered by the champion as well, so the mixture is the champion: 1.0 * p + 0.0 * p.
+    assert decision.propensity == decision.mixture_propensity == champions
+
+
+def test_a_row_that_gives_nan_falls_back_alone(storage: Storage) -> None:
+    replica = replica_of(storage)
+    put_in_force(replica, EVERYBODY, variant_of(1, random_policy(1)), NanForPositive(2, "d2", random_policy(2), "sample"))
+    bodies = [{"observation": [0, sign, 0, 0], "request_id": f"r{n}"} for n, sign in enumerate((-1, 1, -1))]
+    assert [reply.json()["version"] for reply in decide_all(storage, replica, bodies)] == [2, 1, 2]
+    assert [decision.fallback for decision in logged(storage)] == [None, "version 2 gave NaN", None]
+
+
+def test_a_row_that_nobody_can_answer_fails_alone(storage: Storage) -> None:
+    replica = replica_of(storage)
+    put_in_force(replica, champion_only(9, 1), NanForPositive(1, "d1", random_policy(1), "sample"))
+    replies = decide_all(storage, replica, [{"observation": [0, sign, 0, 0]} for sign in (-1, 1, -1)])
+    assert [reply.status for reply in replies] == [200, 503, 200]
+    assert "version 1 gave NaN" in replies[1].error
+    assert len(logged(storage)) == 2
+
+
+def test_greedy_sends_the_most_probable_action_with_certainty(storage: Storage) -> None:
+    replica = replica_of(storage)
+    put_in_force(replica, champion_only(9, 1), variant_of(1, random_policy(1), mode="greedy"))
+    decide_all(storage, replica, [{"observation": obs} for obs in observations(20)])
+    for decision in logged(storage):
+        p_A = random_policy(1).probabilities(np.array([decision.observation]).astype(np.float32))[0]
+        assert (decision.action, decision.propensity) == (int(p_A.argmax()), 1.0)
+
+
+def test_the_action_sent_counts_from_the_spaces_first_action(storage: Storage) -> None:
+    replica, policy = replica_of(storage), random_policy(1)
+    shifted = SimpleNamespace(spaces=SimpleNamespace(**vars(policy.spaces)), probabilities=policy.probabilities)
+    shifted.spaces.action_start, shifted.spaces.check_observation = 5, policy.spaces.check_observation
+    put_in_force(replica, champion_only(9, 1), Variant(1, "d", shifted, "greedy"))  # type: ignore[arg-type]
+    [reply] = decide_all(storage, replica, [{"observation": [0, 0, 0, 0]}])
+    index = int(policy.probabilities(np.zeros((1, 4), np.float32))[0].argmax())
+    assert reply.json()["action"] == logged(storage)[0].action == 5 + index
+
+
+def test_only_our_own_decision_ids_are_recognised() -> None:
+    ours, others = DecisionIds(b"secret"), DecisionIds(b"another")
+    name = ours.name("r-1")
+    assert ours.is_ours(name)
+    assert not others.is_ours(name)
+    assert not any(
+        ours.is_ours(forged) for forged in ("", ".", "r-1", "r-1.", "r-2." + name[-12:], name[:-1] + "g", name + "\n", "é.é")
+    )

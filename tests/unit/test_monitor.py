@@ -1,0 +1,386 @@
+"""Does the monitor count what happened, the same live and after a restart, and does the release manager act on it?"""
+
+import json
+import math
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from actors.monitor import Monitor, arm_version
+from actors.release_manager import MAX_EVIDENCE_AGE_S, ReleaseManager
+from actors.version_traffic import latency_quantile_ms
+from policies.integrity import canonical_json
+from policies.records import Feedback
+from policies.registry import Registry, RegistryState, apply, change_release, set_champion, start_release
+from policies.release import ReleaseConfig
+from policies.storage import Storage, open_storage
+from policies.telemetry import LATENCY_BUCKETS_S, ReplicaReport
+from policies.verdicts import Verdict
+from tests.simulators import START_S, Clock, Population, Segment, make_decision, register_entries, registry_with
+
+POLICY = "cartpole"
+CONFIG = ReleaseConfig(min_step_s=5, min_episodes=3, max_error_rate_increase=0.03)
+
+
+class World:
+    """A storage root with a registry of two versions, a population that writes to two replicas' logs, and a clock."""
+
+    def __init__(self, root: Path, population: Population, gate_verdict: Verdict = Verdict.PASS) -> None:
+        self.storage: Storage = open_storage(root)
+        self.registry = Registry(self.storage.registry(POLICY))
+        self.clock = Clock()
+        self.population = population
+        for body in register_entries(gate_verdict):
+            self.append(lambda state, body=body: body)
+        self.append(lambda state: set_champion(state, 1, "first"))
+        self.decisions = [Segment(self.storage.decisions(POLICY), "decisions", name) for name in "ab"]
+        self.feedback = [Segment(self.storage.feedback(POLICY), "feedback", name) for name in "ab"]
+
+    def append(self, decide) -> RegistryState:
+        return self.registry.append(decide, now=self.clock.now)
+
+    def start_release(self, override_gates: str | None = None) -> None:
+        self.append(lambda s: start_release(s, 2, weights=CONFIG.weights, override_gates=override_gates, reason="test"))
+
+    def live(self, seconds: int, *monitors: Monitor, manager: ReleaseManager | None = None) -> None:
+        for _ in range(seconds):
+            plan = self.registry.state().plan
+            assert plan is not None
+            decisions, rewards = self.population.tick(self.clock.now, plan)
+            for replica in (0, 1):
+                self.decisions[replica].append(*decisions[replica::2])
+                self.feedback[1 - replica].append(*rewards[replica::2])  # what one replica answered, another hears of
+            self.clock.advance(1.0)
+            for monitor in monitors:
+                monitor.refresh(self.clock.now)
+            if manager is not None:
+                manager.tick(self.clock.now, monitors[0].release_evidence())
+
+    def monitor(self, outcome_range: tuple[float, float] = (0.0, 20.0)) -> Monitor:
+        root = str(self.storage.root)
+        return Monitor(POLICY, root, outcome_range=outcome_range, reward_window_s=60, config=CONFIG, now=self.clock.now)
+
+    def manager(self) -> ReleaseManager:
+        return ReleaseManager(POLICY, str(self.storage.root), CONFIG)
+
+
+def population(
+    rewards: dict[int, float] | None = None, *, num_units: int = 100, broken: frozenset[int] = frozenset()
+) -> Population:
+    """Units whose episodes are 10 decisions: an outcome is ten times the version's reward, 1 unless given."""
+    mean = rewards or {}
+    return Population(100, 10, lambda version, rng: mean.get(version, 1.0), np.random.default_rng(0), broken=broken)
+
+
+def numbers(monitor: Monitor, now: float) -> dict:
+    """The status without what a restart may change."""
+    status = monitor.status(now)
+    del status["monitor"]
+    return status
+
+
+def test_counts_outcomes_and_rates_of_the_champion(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.live(25, monitor)
+    status = monitor.status(world.clock.now)
+    (arm,) = status["arms"]
+    assert (arm["version"], arm["arm"], arm["weight"]) == (1, "champion", 1.0)
+    assert (arm["decisions"], arm["errors"], arm["error_rate"]) == (2500, 0, 0.0)
+    assert arm["decisions_per_s"] == 100
+    assert arm["actions"] == {"1": 2500}
+    # 100 units finished 2 episodes of 10 rewards of 1; the third is open.
+    assert (arm["outcome"]["episodes"], arm["outcome"]["mean"], arm["outcome"]["mixed"]) == (200, 10.0, 0)
+    assert arm["outcome"]["low"] < 10 < arm["outcome"]["high"]
+    # Every latency is 2 ms: the percentiles are within its bucket.
+    index = next(i for i, edge in enumerate(LATENCY_BUCKETS_S) if edge >= 0.002)
+    for quantile in arm["latency_ms"].values():
+        assert 1000 * LATENCY_BUCKETS_S[index - 1] <= quantile <= 1000 * LATENCY_BUCKETS_S[index]
+    assert status["feedback"] == {"joined": 2500, "duplicate": 0, "unknown": 0, "late": 0, "waiting": 0}
+
+
+def test_status_has_the_promised_shape_and_is_json(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.start_release()
+    world.live(15, monitor)
+    status = json.loads(canonical_json(monitor.status(world.clock.now)))
+    assert status.keys() == {
+        *("policy", "time_s", "champion", "plan", "release", "releases", "versions", "arms", "series"),
+        *("feedback", "replicas", "responses", "monitor"),
+    }
+    assert status["release"].keys() == {
+        *("number", "candidate", "incumbent", "state", "step", "weights", "canary_weight", "override_gates"),
+        *("started_at", "verdict", "reason", "evidence", "history"),
+    }
+    assert status["release"]["evidence"].keys() == {"candidate", "incumbent"}
+    assert status["release"]["history"][0].keys() == {"time_s", "action", "step", "reason"}
+    assert status["versions"][0].keys() == {
+        *("version", "digest", "policy_sha256", "gate_verdict", "override_gates", "registered_at"),
+    }
+    assert status["arms"][0].keys() == {
+        *("version", "arm", "weight", "decisions", "errors", "error_rate", "decisions_per_s"),
+        *("latency_ms", "actions", "outcome"),
+    }
+    series = status["series"]
+    assert len(series["time_s"]) == 120
+    assert all(len(values) == 120 for version in series["versions"].values() for values in version.values())
+    assert series["versions"]["1"]["decisions_per_s"][0] is None
+    assert series["versions"]["1"]["decisions_per_s"][-1] + series["versions"]["2"]["decisions_per_s"][-1] == 100
+    assert status["release"]["verdict"] == "inconclusive" and "within" in status["release"]["reason"]
+
+
+def test_an_empty_storage_root_has_a_status(tmp_path: Path):
+    open_storage(tmp_path)
+    monitor = Monitor(POLICY, str(tmp_path), outcome_range=(0, 1), reward_window_s=60, config=CONFIG, now=START_S)
+    monitor.refresh(START_S)
+    status = monitor.status(START_S)
+    assert (status["champion"], status["plan"], status["release"], status["arms"]) == (None, None, None, [])
+    assert monitor.release_evidence()["release"] is None
+
+
+def test_a_restarted_monitor_has_the_same_numbers(tmp_path: Path):
+    world = World(tmp_path, population({2: 1.25}))  # exact in binary: the order of addition does not show
+    monitor, manager = world.monitor(), world.manager()
+    world.live(20, monitor)
+    world.start_release()
+    world.live(60, monitor, manager=manager)
+    restarted = world.monitor()
+    restarted.refresh(world.clock.now)
+    assert numbers(restarted, world.clock.now) == numbers(monitor, world.clock.now)
+    assert restarted.release_evidence() == monitor.release_evidence()
+    assert restarted.status(world.clock.now)["monitor"]["rebuilt_decisions"] == 8000
+    world.live(10, monitor, restarted)
+    assert numbers(restarted, world.clock.now) == numbers(monitor, world.clock.now)
+
+
+def test_a_monitor_that_forgets_a_segment_has_other_numbers(tmp_path: Path):
+    """The negative control of the test above: it would notice."""
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.live(20, monitor)
+    world.decisions[1].path.unlink()
+    restarted = world.monitor()
+    restarted.refresh(world.clock.now)
+    assert numbers(restarted, world.clock.now) != numbers(monitor, world.clock.now)
+
+
+def test_evidence_counts_only_episodes_of_one_version_within_the_release(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.live(5, monitor)  # every unit is in the middle of its first episode
+    world.start_release()
+    world.live(18, monitor)  # ... finishes it, and one more
+    release = monitor.status(world.clock.now)["release"]
+    arms = {arm["version"]: arm for arm in monitor.status(world.clock.now)["arms"]}
+    assert release["evidence"]["candidate"]["decisions"] == arms[2]["decisions"]
+    num_canary = arms[2]["decisions"] // 18
+    assert release["evidence"]["candidate"]["episodes"] == num_canary
+    assert release["evidence"]["incumbent"]["episodes"] == 100 - num_canary  # the first episodes belong to no release
+    assert arms[1]["outcome"]["mixed"] == num_canary
+
+
+def test_a_version_that_cannot_answer_gets_the_error_not_the_one_that_stood_in(tmp_path: Path):
+    world = World(tmp_path, population(broken=frozenset({2})))
+    monitor = world.monitor()
+    world.start_release()
+    world.live(10, monitor)
+    evidence = monitor.release_evidence()["evidence"]
+    assert evidence["candidate"]["errors"] == evidence["candidate"]["decisions"] > 0
+    assert evidence["incumbent"]["errors"] == 0 < evidence["incumbent"]["decisions"]
+    arms = {arm["version"]: arm for arm in monitor.status(world.clock.now)["arms"]}
+    assert arms[2]["error_rate"] == 1.0 and arms[2]["actions"] == {}
+    assert arms[2]["outcome"]["episodes"] == 0
+
+
+def test_the_arm_of_a_fallback_is_known_from_the_release_or_from_the_champion_of_the_time():
+    state = registry_with(Verdict.PASS, Verdict.PASS)
+    canary = make_decision("a", arm="canary", version=1, release=1, fallback="not loaded")
+    champion = make_decision("b", arm="champion", version=2, release=1, fallback="not loaded")
+    alone = make_decision("c", time_s=START_S + 50, arm="champion", version=2, release=0, fallback="not loaded")
+    state = follow(state, start_release(state, 2, weights=(1.0,), override_gates=None, reason=""), START_S + 10)
+    assert (arm_version(canary, state), arm_version(champion, state)) == (2, 1)
+    assert arm_version(alone, state) == 1
+    state = follow(state, change_release(state, "promote", reason=""), START_S + 20)
+    assert arm_version(alone, state) == 2  # by then it was promoted
+    assert arm_version(msgspec.structs.replace(alone, time_s=START_S + 5), state) == 1
+
+
+def follow(state: RegistryState, body: dict, now: float) -> RegistryState:
+    return apply(state, {"number": 9, "time_s": now, **body})
+
+
+def test_outcomes_outside_of_the_range_are_clipped_and_counted(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor = world.monitor(outcome_range=(0.0, 8.0))
+    world.live(13, monitor)
+    status = monitor.status(world.clock.now)
+    assert status["arms"][0]["outcome"]["mean"] == 8.0
+    assert status["monitor"]["counts"]["clipped"] == 100
+
+
+def test_a_changed_line_is_shown_and_the_rest_is_counted(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.live(3, monitor)
+    world.decisions[0].append_bytes(b'{"decision_id": broken}\n')
+    world.live(3, monitor)
+    status = monitor.status(world.clock.now)
+    assert status["arms"][0]["decisions"] == 600
+    assert len(status["monitor"]["integrity_errors"]) == 1
+    assert "a.jsonl" in status["monitor"]["integrity_errors"][0]
+
+
+def test_a_changed_journal_is_shown_and_the_last_good_state_stays(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.live(2, monitor)
+    journal = world.storage.registry(POLICY) / "journal"
+    (journal / "00000004.json").write_bytes(b"{}")
+    monitor.refresh(world.clock.now)
+    status = monitor.status(world.clock.now)
+    assert status["champion"] == 1
+    assert "00000004.json" in status["monitor"]["integrity_errors"][0]
+
+
+def report(replica: str, started_at_s: float, num_answers: int) -> dict:
+    return msgspec.to_builtins(
+        ReplicaReport(replica, 0.0, started_at_s, 4, [1, 2], {200: num_answers, 429: 1}, [0] * 33, 3, {2: "hash differs"})
+    )
+
+
+def test_replica_reports_add_up_and_never_go_backwards(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor, now = world.monitor(), START_S
+    monitor.report(report("a", 1.0, 100), now)
+    monitor.report(report("a", 1.0, 100), now)  # repeated: the same
+    monitor.report(report("b", 2.0, 10), now + 20)
+    status = monitor.status(now + 25)
+    assert status["responses"] == {"200": 110, "429": 2}
+    assert [row["replica"] for row in status["replicas"]] == ["a", "b"]
+    assert status["replicas"][0]["load_failures"] == {"2": "hash differs"}
+    status = monitor.status(now + 31)  # a is silent for more than 30 s
+    assert [row["replica"] for row in status["replicas"]] == ["b"]
+    assert status["responses"] == {"200": 110, "429": 2}
+    monitor.report(report("a", 32.0, 5), now + 32)  # restarted: counts from zero
+    assert monitor.status(now + 32)["responses"] == {"200": 115, "429": 3}
+    monitor.report(json.loads(json.dumps(report("a", 32.0, 6))), now + 33)  # keys as JSON has them
+    assert monitor.status(now + 33)["responses"] == {"200": 116, "429": 3}
+
+
+def test_totals_of_many_gone_replicas_are_kept_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("actors.monitor.MAX_REPLICA_TOTALS", 3)
+    monitor = World(tmp_path, population()).monitor()
+    for number in range(10):
+        monitor.report(report(f"replica-{number}", float(number), 1), START_S)
+    assert monitor.status(START_S)["responses"] == {"200": 10, "429": 10}
+    assert len(monitor._responses) == 3
+
+
+def test_latency_quantiles_by_hand():
+    # Ten latencies in bucket 4 (edges e3, e4): the median is half-way in logarithm, the geometric mean of the edges.
+    counts = [0] * 33
+    assert latency_quantile_ms(counts, 0.5) is None
+    counts[4] = 10
+    assert latency_quantile_ms(counts, 0.5) == pytest.approx(1000 * math.sqrt(LATENCY_BUCKETS_S[3] * LATENCY_BUCKETS_S[4]))
+    counts[32] = 10  # the open bucket: the 99th percentile is at least the last edge
+    assert latency_quantile_ms(counts, 0.99) == 1000 * LATENCY_BUCKETS_S[31]
+    assert latency_quantile_ms(counts, 0.25) == pytest.approx(1000 * math.sqrt(LATENCY_BUCKETS_S[3] * LATENCY_BUCKETS_S[4]))
+
+
+# --- release manager ---
+
+
+def test_a_good_candidate_is_promoted_through_every_share(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor, manager = world.monitor(), world.manager()
+    world.start_release()
+    world.live(150, monitor, manager=manager)
+    state = world.registry.state()
+    assert [entry.action for entry in state.release.history] == ["start", "advance", "advance", "promote"]
+    assert state.champion == 2
+    assert state.release.history[1].numbers["candidate"]["episodes"] >= CONFIG.min_episodes
+
+
+def test_a_bad_candidate_is_rolled_back_at_its_first_share(tmp_path: Path):
+    world = World(tmp_path, population({2: 0.1}))
+    monitor, manager = world.monitor(), world.manager()
+    world.start_release()
+    world.live(60, monitor, manager=manager)
+    state = world.registry.state()
+    assert [entry.action for entry in state.release.history] == ["start", "rollback"]
+    assert (state.champion, state.plan.arm("canary")) == (1, None)
+
+
+def test_an_overridden_candidate_is_never_promoted(tmp_path: Path):
+    world = World(tmp_path, population(), gate_verdict=Verdict.FAIL)
+    monitor, manager = world.monitor(), world.manager()
+    world.start_release(override_gates="a demonstration")
+    world.live(150, monitor, manager=manager)
+    release = world.registry.state().release
+    assert [entry.action for entry in release.history] == ["start", "advance"]
+    assert "never promoted" in monitor.status(world.clock.now)["release"]["reason"]
+
+
+def test_without_current_evidence_the_manager_holds(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor, manager = world.monitor(), world.manager()
+    world.start_release()
+    world.live(60, monitor)
+    evidence, now = monitor.release_evidence(), world.clock.now
+    other_release = {**evidence, "release": 7}
+    for missing in (None, other_release, {**evidence, "refreshed_at": None}):
+        assert manager.tick(now, missing).action == "hold"
+    assert manager.tick(now + MAX_EVIDENCE_AGE_S + 1, evidence).action == "hold"
+    assert manager.tick(now + MAX_EVIDENCE_AGE_S, evidence).action == "advance"
+
+
+def test_an_abort_in_between_wins_and_is_counted(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor, manager = world.monitor(), world.manager()
+    world.start_release()
+    world.live(60, monitor)
+    evidence = monitor.release_evidence()
+    append = manager._registry.append
+
+    def abort_first(decide, *, now: float):
+        world.append(lambda state: change_release(state, "abort", reason="a human"))
+        world.start_release()  # and starts another one, which the old decision must not move
+        return append(decide, now=now)
+
+    manager._registry.append = abort_first
+    assert manager.tick(world.clock.now, evidence).action == "advance"
+    state = world.registry.state()
+    assert manager.num_refused == 1
+    assert [release.state for release in state.releases] == ["aborted", "running"]
+    assert state.release.step == 0
+
+
+def test_the_same_evidence_twice_moves_once(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor, manager = world.monitor(), world.manager()
+    world.start_release()
+    world.live(60, monitor)
+    evidence = monitor.release_evidence()
+    assert manager.tick(world.clock.now, evidence).action == "advance"
+    assert world.manager().tick(world.clock.now, evidence).action == "hold"  # restarted from the journal alone
+    assert world.registry.state().release.step == 1
+
+
+def test_no_release_needs_no_decision(tmp_path: Path):
+    world = World(tmp_path, population())
+    assert world.manager().tick(world.clock.now, None) is None
+    assert not world.manager().has_open_release()
+
+
+def test_feedback_for_strangers_is_kept_aside(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.feedback[0].append(Feedback("nobody", world.clock.now, 1.0, True))
+    world.live(2, monitor)
+    assert monitor.status(world.clock.now)["feedback"]["waiting"] == 1
+    world.live(20, monitor)
+    feedback = monitor.status(world.clock.now)["feedback"]
+    assert (feedback["waiting"], feedback["unknown"]) == (0, 1)

@@ -1,0 +1,1 @@
+"""How a policy is learned and judged: environments, rollouts, PPO, checkpoints, evaluation, gates. No Ray."""

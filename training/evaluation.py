@@ -1,0 +1,146 @@
+"""How good a policy is: run it for a number of episodes and keep one row per episode.
+
+E episode, N step of any episode, B environment, D feature.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from policies.errors import EnvironmentFailed
+from policies.policy import Mode, Policy
+from training.config import EnvironmentConfig
+from training.environment import VectorEnvironment
+from training.rollout import Stepper
+from training.seeds import Stream, derived_seed, generator
+
+CHUNK_EPISODES = 64  # episodes that run side by side; part of what a seed means, so it is no option
+MAX_EPISODE_STEPS = 1_000_000  # an environment that never ends an episode must not hang a gate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row per episode. The steps of all episodes, in the order they were made, are None when they were not asked for."""
+
+    returns_E: np.ndarray  # float64
+    lengths_E: np.ndarray  # int64
+    obs_ND: np.ndarray | None  # float32, what the environment showed, without added noise
+    actions_N: np.ndarray | None  # int64, index of the action
+    episode_N: np.ndarray | None  # int64, row of the episode
+
+    @property
+    def return_mean(self) -> float:
+        return float(self.returns_E.mean())
+
+
+def evaluate(
+    environment: EnvironmentConfig,
+    policy: Policy,
+    *,
+    num_episodes: int,
+    seed: int,
+    mode: Mode = "greedy",
+    noise_std_D: np.ndarray | None = None,
+    keep_steps: bool = False,
+) -> Evaluation:
+    """Run `num_episodes` episodes; the same seed gives every policy the same initial states, so rows can be paired.
+
+    `noise_std_D` is added as Gaussian noise to what the policy sees. Raises `EnvironmentFailed`.
+    """
+    chunks = [
+        evaluate_chunk(environment, policy, chunk, seed=seed, mode=mode, noise_std_D=noise_std_D, keep_steps=keep_steps)
+        for chunk in chunks_of(num_episodes)
+    ]
+    return join(chunks)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Episodes that run side by side, one per environment."""
+
+    index: int
+    num_episodes: int
+
+
+def chunks_of(num_episodes: int) -> list[Chunk]:
+    """Cut a number of episodes into chunks that can run anywhere, in any order."""
+    starts = range(0, num_episodes, CHUNK_EPISODES)
+    return [Chunk(index, min(CHUNK_EPISODES, num_episodes - start)) for index, start in enumerate(starts)]
+
+
+def evaluate_chunk(
+    environment: EnvironmentConfig,
+    policy: Policy,
+    chunk: Chunk,
+    *,
+    seed: int,
+    mode: Mode,
+    noise_std_D: np.ndarray | None,
+    keep_steps: bool,
+) -> Evaluation:
+    """Run one episode in each of the chunk's environments; episode numbers start at 0 within the chunk."""
+    vector_environment = VectorEnvironment(environment, chunk.num_episodes)
+    try:
+        return _run_chunk(vector_environment, policy, chunk, seed, mode, noise_std_D, keep_steps)
+    finally:
+        vector_environment.close()
+
+
+def join(chunks: list[Evaluation]) -> Evaluation:
+    """Put chunks in their order together again."""
+    starts = np.cumsum([0] + [len(chunk.returns_E) for chunk in chunks])
+    episodes = [chunk.episode_N + start for chunk, start in zip(chunks, starts) if chunk.episode_N is not None]
+    return Evaluation(
+        returns_E=np.concatenate([chunk.returns_E for chunk in chunks]),
+        lengths_E=np.concatenate([chunk.lengths_E for chunk in chunks]),
+        obs_ND=np.concatenate([chunk.obs_ND for chunk in chunks]) if episodes else None,
+        actions_N=np.concatenate([chunk.actions_N for chunk in chunks]) if episodes else None,
+        episode_N=np.concatenate(episodes) if episodes else None,
+    )
+
+
+def _run_chunk(
+    environment: VectorEnvironment,
+    policy: Policy,
+    chunk: Chunk,
+    seed: int,
+    mode: Mode,
+    noise_std_D: np.ndarray | None,
+    keep_steps: bool,
+) -> Evaluation:
+    stepper = Stepper(environment, derived_seed(seed, Stream.EVALUATION_ENVIRONMENT, chunk.index))
+    noise_rng = generator(seed, Stream.OBSERVATION_NOISE, chunk.index)
+    action_rng = generator(seed, Stream.EVALUATION_ACTIONS, chunk.index)
+    running_B = np.ones(chunk.num_episodes, bool)
+    returns_B, lengths_B = np.zeros(chunk.num_episodes), np.zeros(chunk.num_episodes, np.int64)
+    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for _ in range(MAX_EPISODE_STEPS):
+        obs_BD = stepper.obs_BD
+        seen_BD = obs_BD if noise_std_D is None else _with_noise(obs_BD, noise_std_D, noise_rng)
+        actions_B = choose_rows(policy.probabilities(seen_BD), mode, action_rng)
+        step = stepper.step(actions_B)
+        if keep_steps:
+            kept.append((obs_BD[running_B], actions_B[running_B], np.flatnonzero(running_B)))
+        returns_B[running_B] += step.rewards_B[running_B]
+        lengths_B += running_B
+        running_B &= ~(step.terminateds_B | step.truncateds_B)
+        if not running_B.any():
+            steps = [np.concatenate(part) for part in zip(*kept)] if keep_steps else [None, None, None]
+            return Evaluation(returns_B, lengths_B, *steps)
+    raise EnvironmentFailed(
+        f"environment {environment.config.id!r} did not end {running_B.sum()} of {chunk.num_episodes} episodes within "
+        f"{MAX_EPISODE_STEPS} steps; set environment.max_episode_steps"
+    )
+
+
+def choose_rows(probabilities_BA: np.ndarray, mode: Mode, rng: np.random.Generator) -> np.ndarray:
+    """Return an action index per row: `policies.policy.choose` for a whole batch."""
+    if mode == "greedy":
+        return probabilities_BA.argmax(axis=1)
+    uniform_B1 = rng.random((len(probabilities_BA), 1))
+    actions_B = (np.cumsum(probabilities_BA, axis=1) <= uniform_B1).sum(axis=1)
+    return np.minimum(actions_B, probabilities_BA.shape[1] - 1)  # the cumulative sum can end a rounding error below 1
+
+
+def _with_noise(obs_BD: np.ndarray, noise_std_D: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return obs_BD + (rng.standard_normal(obs_BD.shape) * noise_std_D).astype(np.float32)

@@ -1,0 +1,56 @@
+"""The `trimtab` command: every step of the loop on its own, and `up` for all of them in one go.
+
+Exit codes: 0 done, 1 the verdict is negative (gate not passed, release refused or rolled back, target not reached),
+2 usage or environment error. With --json one JSON document goes to stdout; everything else goes to stderr.
+"""
+
+import sys
+import traceback
+
+import typer
+
+from policies.errors import GateRefused, ReleaseRefused, TrainingFailed, TrimtabError
+from trimtab.cluster import prepare_environment, terminate_as_interrupt
+from trimtab.command import DONE, INTERRUPTED, NEGATIVE, UNUSABLE, console, escape
+from trimtab.commands import offline, online, release, whole_loop
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+release_app = typer.Typer(no_args_is_help=True, help="Deliver a version to traffic step by step, and take it back.")
+
+for command in (whole_loop.up, offline.train, offline.resume, offline.evaluate, offline.gate, offline.publish):
+    app.command()(command)
+app.add_typer(release_app, name="release")
+for command in (online.serve, online.decide, online.drive, online.status, online.replay, online.down):
+    app.command()(command)
+for command in (release.start, release.status, release.promote, release.pause, release.resume, release.abort, release.rollback):
+    release_app.command()(command)
+
+
+def main() -> None:
+    """Run the command line and turn our errors into a message and an exit code."""
+    prepare_environment()
+    try:
+        with terminate_as_interrupt():
+            code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else DONE)
+    except (GateRefused, ReleaseRefused, TrainingFailed) as error:
+        _fail(NEGATIVE, error)
+    except TrimtabError as error:
+        _fail(UNUSABLE, error)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("stopped", style="yellow")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        show = getattr(error, "show", None)  # typer's own usage errors know how to print themselves
+        if show is None:
+            traceback.print_exc()
+        else:
+            show()
+        sys.exit(UNUSABLE)
+
+
+def _fail(code: int, error: Exception) -> None:
+    console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+    sys.exit(code)

@@ -1,0 +1,86 @@
+"""What the commands share: their options, what they start with, and how they answer."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from policies.registry import Registry
+from policies.storage import Storage, open_storage
+from trimtab import session as sessions
+from trimtab.client import Client
+from trimtab.cluster import Cluster, connected
+from trimtab.loop_file import LoopConfig, load_loop_file
+
+DONE, NEGATIVE, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+DEFAULT_LOOP_FILE = Path("examples/cartpole.yaml")
+
+console = Console(stderr=True)
+
+LoopFile = Annotated[Path, typer.Argument(metavar="[LOOP_FILE]", help="The loop file (YAML).")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the loop file.")]
+StorageOption = Annotated[str | None, typer.Option("--storage", metavar="DIR|URL", help="The storage root.")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster: host:port, `auto` (made by `ray start`) or `local` (a new one).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+RunOption = Annotated[str | None, typer.Option("--run", metavar="RUN_ID", help="The run; default: the one started last.")]
+OverrideOption = Annotated[
+    str | None,
+    typer.Option("--override-gates", metavar="REASON", help="Break-glass: go on without passing gates; the reason is kept."),
+]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the journal.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What nearly every command starts with."""
+
+    loop: LoopConfig
+    storage: Storage
+
+    def registry(self) -> Registry:
+        """Return the registry of the loop's policy."""
+        return Registry(self.storage.registry(self.loop.name))
+
+    @contextlib.contextmanager
+    def cluster(self, address: str | None) -> Iterator[Cluster]:
+        """Connect to Ray for the time of the block: see `trimtab.cluster.connected`."""
+        running = sessions.running_session(self.storage)
+        with connected(address, session_address=running.ray_address if running else None) as cluster:
+            yield cluster
+
+
+def open_context(loop_file: Path, sets: list[str] | None, storage: str | None) -> Context:
+    """Read the loop file and open its storage root."""
+    loop = load_loop_file(loop_file, overrides=sets, storage=storage)
+    return Context(loop, open_storage(loop.storage))
+
+
+def connect(context: Context) -> Client:
+    """Return a client of the endpoint that serves from the context's storage; raises `NotFound` when none does."""
+    session = sessions.require_session(context.storage)
+    return Client(session.url, context.storage.api_key_file.read_text())
+
+
+def escape(text: str) -> str:
+    """Keep rich from reading brackets as markup."""
+    return text.replace("[", r"\[")
+
+
+def say(text: str) -> None:
+    """Tell a person something on stderr."""
+    console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+def output(as_json: bool, document: dict[str, Any], text: str) -> None:
+    """Answer on stdout: one JSON document, or text."""
+    if as_json:
+        print(json.dumps(document, default=str), flush=True)
+    else:
+        print(text, flush=True)

@@ -1,0 +1,1 @@
+"""The commands of `trimtab`, by the half of the loop they belong to."""

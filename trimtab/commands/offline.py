@@ -1,0 +1,196 @@
+"""The commands before traffic: train, resume, evaluate, gate, publish."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from policies.verdicts import GateReport, Verdict
+from trimtab.command import (
+    DEFAULT_LOOP_FILE,
+    DONE,
+    NEGATIVE,
+    AddressOption,
+    Context,
+    JsonOption,
+    LoopFile,
+    OverrideOption,
+    RunOption,
+    Sets,
+    StorageOption,
+    console,
+    escape,
+    open_context,
+    output,
+    say,
+)
+
+if TYPE_CHECKING:  # these import Ray: only the commands that need it pay for it
+    from actors.controller import Progress, TrainResult
+
+
+def train(
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    sets: Sets = None,
+    storage: StorageOption = None,
+    address: AddressOption = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="RUN_ID", help="Name of the new run; default: made up.")] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Train a policy until its target return and keep its checkpoints."""
+    context = open_context(loop_file, sets, storage)
+    with context.cluster(address):
+        return _report_training(context, run_training(context, run_id=run, resume=False), as_json)
+
+
+def resume(
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    sets: Sets = None,
+    storage: StorageOption = None,
+    address: AddressOption = None,
+    run: RunOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Continue a run from its last checkpoint; it ends with the same parameters as if it had never stopped."""
+    from trimtab.pipeline import find_run
+
+    context = open_context(loop_file, sets, storage)
+    run_id = find_run(context.storage, run)
+    with context.cluster(address):
+        return _report_training(context, run_training(context, run_id=run_id, resume=True), as_json)
+
+
+def run_training(context: Context, *, run_id: str | None, resume: bool) -> "TrainResult":
+    from trimtab.pipeline import train_run
+
+    return train_run(context.loop, context.storage, run_id=run_id, resume=resume, on_progress=_print_progress, on_message=say)
+
+
+def _print_progress(progress: "Progress") -> None:
+    say(str(progress))
+
+
+def _report_training(context: Context, result: "TrainResult", as_json: bool) -> int:
+    text = (
+        f"run {result.run_id}: {result.env_steps:,} env steps in {result.wall_s:.1f} s ({result.env_steps_per_s:,.0f}/s), "
+        f"greedy return {result.evaluation_return_mean:.1f}\n"
+        f"checkpoint {result.checkpoint}\nparameters {result.parameters_sha256}"
+    )
+    output(as_json, result.to_json(), text)
+    if not result.reached_target:
+        say(target_missed(context, result))
+        return NEGATIVE
+    return DONE
+
+
+def target_missed(context: Context, result: "TrainResult") -> str:
+    return (
+        f"run {result.run_id} did not reach the target return {context.loop.training.target_return:g} within "
+        f"{result.env_steps:,} env steps (evaluation: {result.evaluation_return_mean:.1f}); raise training.max_env_steps and "
+        f"`trimtab resume --run {result.run_id}`"
+    )
+
+
+def evaluate(
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    sets: Sets = None,
+    storage: StorageOption = None,
+    address: AddressOption = None,
+    run: RunOption = None,
+    version: Annotated[int | None, typer.Option(help="Evaluate a registered version instead of a run.")] = None,
+    episodes: Annotated[int, typer.Option(min=2, help="How many episodes.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial states.")] = 0,
+    as_json: JsonOption = False,
+) -> int:
+    """Run episodes with a policy as it would be served, and print its return."""
+    from training.gates.intervals import mean_interval
+    from trimtab.pipeline import evaluate_run, evaluate_version, find_run
+
+    context = open_context(loop_file, sets, storage)
+    run_id = None if version is not None else find_run(context.storage, run)
+    with context.cluster(address):
+        if version is not None:
+            rows = evaluate_version(context.loop, context.storage, version, episodes=episodes, seed=seed)
+        else:
+            rows = evaluate_run(context.loop, context.storage, run_id, episodes=episodes, seed=seed)
+    interval = mean_interval(rows.returns_E, context.loop.gates.confidence)
+    document = {
+        "run_id": run_id,
+        "version": version,
+        "episodes": episodes,
+        "seed": seed,
+        "return_mean": interval.mean,
+        "return_low": interval.low,
+        "return_high": interval.high,
+        "return_min": float(rows.returns_E.min()),
+        "returns": rows.returns_E.tolist(),
+    }
+    text = (
+        f"return {interval.mean:.1f} [{interval.low:.1f}, {interval.high:.1f}] over {episodes} episodes, "
+        f"lowest {rows.returns_E.min():.1f}"
+    )
+    output(as_json, document, text)
+    return DONE
+
+
+def gate(
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    sets: Sets = None,
+    storage: StorageOption = None,
+    address: AddressOption = None,
+    run: RunOption = None,
+    against: Annotated[int | None, typer.Option(help="Version to compare with; default: the champion.")] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Judge a run's last checkpoint: performance, safety, robustness. Exit code 1 unless all pass."""
+    from trimtab.pipeline import find_run, gate_run
+
+    context = open_context(loop_file, sets, storage)
+    run_id = find_run(context.storage, run)
+    with context.cluster(address):
+        report = gate_run(context.loop, context.storage, run_id, against=against)
+    if as_json:
+        print(json.dumps({"run_id": run_id, **report.to_json()}))
+    else:
+        print_report(report)
+    return DONE if report.verdict is Verdict.PASS else NEGATIVE
+
+
+def print_report(report: GateReport) -> None:
+    against = f" against version {report.incumbent_version}" if report.incumbent_version else ""
+    table = Table(title=f"gates{against}: {report.verdict}", title_justify="left", box=None, pad_edge=False)
+    for title in ("gate", "verdict", "reason"):
+        table.add_column(title)
+    colours = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.INCONCLUSIVE: "yellow"}
+    for result in report.results:
+        table.add_row(result.gate, f"[{colours[result.verdict]}]{result.verdict}[/]", escape(result.reason))
+    console.print(table)
+
+
+def publish(
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    sets: Sets = None,
+    storage: StorageOption = None,
+    run: RunOption = None,
+    override_gates: OverrideOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Pack a gated run as a bundle and register it as the next version; the first passing one becomes champion."""
+    from trimtab.pipeline import find_run, publish_run
+
+    context = open_context(loop_file, sets, storage)
+    run_id = find_run(context.storage, run)
+    published = publish_run(context.loop, context.storage, run_id, override_gates=override_gates)
+    document = {
+        "policy": context.loop.name,
+        "version": published.version,
+        "digest": published.bundle.digest,
+        "bundle": str(published.bundle.path),
+        "gate_verdict": str(published.bundle.gate_report.verdict),
+        "override_gates": override_gates,
+        "is_champion": published.is_champion,
+    }
+    role = "champion" if published.is_champion else f"deliver it with `trimtab release start --version {published.version}`"
+    output(as_json, document, f"published version {published.version}, bundle {published.bundle.digest[:12]}; {role}")
+    return DONE

@@ -1,0 +1,188 @@
+"""The commands around a running endpoint: serve, down, decide, drive, status, replay."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from policies.errors import NotFound, UsageError
+from trimtab import session as sessions
+from trimtab.client import Client
+from trimtab.cluster import Cluster
+from trimtab.command import (
+    DEFAULT_LOOP_FILE,
+    DONE,
+    NEGATIVE,
+    AddressOption,
+    Context,
+    JsonOption,
+    LoopFile,
+    Sets,
+    StorageOption,
+    connect,
+    console,
+    open_context,
+    output,
+    say,
+)
+from trimtab.live import status_view, watch
+
+
+def serve(
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    sets: Sets = None,
+    storage: StorageOption = None,
+    address: AddressOption = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Serve in the background; `trimtab down` ends it.")] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Serve the champion, with its monitor and release manager, until Ctrl-C."""
+    start_s = time.monotonic()
+    context = open_context(loop_file, sets, storage)
+    champion = context.registry().state().champion
+    if champion is None:
+        raise NotFound(
+            f"{context.loop.name} has no champion in {context.storage.root}; train, gate and publish one, or `trimtab up`"
+        )
+    if not detach:
+        with context.cluster(address) as cluster:
+            serve_until_stopped(context, cluster, champion, start_s)
+        return DONE
+    arguments = ["serve", str(loop_file), "--storage", str(context.storage.root)]
+    arguments += [part for value in sets or [] for part in ("--set", value)]
+    arguments += ["--address", address] if address else []
+    session = sessions.start_detached(arguments, context.storage, context.storage.root / "serve.log")
+    text = f"serving {session.policy} version {session.version} at {session.url}; API key in {session.api_key_file}"
+    output(as_json, dataclasses.asdict(session), text)
+    return DONE
+
+
+def down(loop_file: LoopFile = DEFAULT_LOOP_FILE, storage: StorageOption = None, as_json: JsonOption = False) -> int:
+    """End the `up` or `serve` that runs on this storage, and everything it started."""
+    context = open_context(loop_file, None, storage)
+    session = sessions.stop_detached(context.storage)
+    output(as_json, {"stopped": dataclasses.asdict(session)}, f"stopped {session.policy} at {session.url}")
+    return DONE
+
+
+def decide(
+    observation: Annotated[str, typer.Argument(help="A JSON list of numbers, such as '[0, 0, 0, 0]'.")],
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    storage: StorageOption = None,
+    unit_id: Annotated[str | None, typer.Option(help="Who asks; the same unit keeps its arm.")] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Ask the running endpoint for one decision."""
+    try:
+        values = json.loads(observation)
+    except ValueError as error:
+        raise UsageError(f"observation {observation!r} is not JSON: {error}") from error
+    context = open_context(loop_file, None, storage)
+    with connect(context) as client:
+        decision = client.decide(values, unit_id=unit_id)
+    text = "action {action} by version {version} ({arm}), propensity {propensity:.4f}, decision {decision_id}".format(**decision)
+    output(as_json, decision, text)
+    return DONE
+
+
+def drive(
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    sets: Sets = None,
+    storage: StorageOption = None,
+    episodes: Annotated[int | None, typer.Option(min=1, help="Stop after this many episodes.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, max=86_400, help="Stop after this time at the latest.")] = 600.0,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Episodes at once.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Episode k starts from seed + k.")] = 0,
+    as_json: JsonOption = False,
+) -> int:
+    """Be the clients: play episodes against the endpoint, report rewards, print returns and latencies per arm."""
+    from trimtab.drive import drive as run_population
+
+    context = open_context(loop_file, sets, storage)
+    session = sessions.require_session(context.storage)
+    key = context.storage.api_key_file.read_text()
+    summary = run_population(
+        context.loop.environment, session.url, key, episodes=episodes, seconds=seconds, concurrency=concurrency, seed=seed
+    )
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        _print_drive(summary)
+    return DONE if summary["failed_requests"] == 0 else NEGATIVE
+
+
+def _print_drive(summary: dict[str, Any]) -> None:
+    print(
+        f"{summary['episodes']} episodes, {summary['decisions']:,} decisions in {summary['wall_s']:.1f} s "
+        f"({summary['decisions_per_s']:,.0f}/s), {summary['failed_requests']} failed requests, "
+        f"{summary['mixed_episodes']} episodes answered by two versions"
+    )
+    for arm in summary["arms"]:
+        interval = "" if arm["return_low"] is None else f" [{arm['return_low']:.1f}, {arm['return_high']:.1f}]"
+        mean = "-" if arm["return_mean"] is None else f"{arm['return_mean']:.1f}"
+        latency = arm["latency_ms"]
+        print(
+            f"  {arm['arm']} v{arm['version']}: return {mean}{interval} over {arm['episodes']} episodes, {arm['decisions']:,} "
+            f"decisions, latency p50 {latency['p50']:.1f} p95 {latency['p95']:.1f} p99 {latency['p99']:.1f} ms"
+        )
+    for failure, count in summary["failures"].items():
+        print(f"  {count} x {failure}")
+
+
+def status(
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    storage: StorageOption = None,
+    follow: Annotated[bool, typer.Option("--watch", help="Refresh each second until Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Show what is served, how it does, and how the release goes."""
+    context = open_context(loop_file, None, storage)
+    with connect(context) as client:
+        if follow:
+            watch(console, client.status)
+        document = client.status()
+    if as_json:
+        print(json.dumps(document))
+    else:
+        Console().print(status_view(document))
+    return DONE
+
+
+def replay(
+    decision_id: Annotated[str, typer.Argument(help="The id that a decision was answered with.")],
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Recompute a logged decision from its bundle; exit code 1 unless every bit is the same."""
+    from trimtab.replay import replay as recompute
+
+    context = open_context(loop_file, None, storage)
+    result = recompute(context.storage, context.loop.name, decision_id)
+    text = (
+        f"decision {decision_id} by version {result['version']}, bundle {result['digest'][:12]}\n"
+        f"logged     {result['logged']}\nrecomputed {result['recomputed']}\n"
+        f"{'equal, bit for bit' if result['equal'] else 'DIFFERENT'}"
+    )
+    output(as_json, result, text)
+    return DONE if result["equal"] else NEGATIVE
+
+
+def serve_until_stopped(context: Context, cluster: Cluster, champion: int, start_s: float) -> None:
+    with sessions.serving(context.loop, context.storage, champion=champion, ray_address=cluster.address) as session:
+        say(f"serving {session.policy} version {session.version} at {session.url} after {time.monotonic() - start_s:.1f} s")
+        say(f"API key in {session.api_key_file}; dashboard at {session.url}/dashboard")
+        say(f"try: {_curl_line(context, session)}")
+        key = Path(session.api_key_file).read_text()
+        with Client(session.url, key) as client:
+            watch(console, client.status)
+
+
+def _curl_line(context: Context, session: sessions.Session) -> str:
+    num_features = context.registry().bundle(session.version).policy.spaces.num_features
+    body = json.dumps({"observation": [0.0] * num_features})
+    return f"""curl -s -H "Authorization: Bearer $(cat {session.api_key_file})" -d '{body}' {session.url}/v1/decide"""

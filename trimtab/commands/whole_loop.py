@@ -1,0 +1,47 @@
+"""`trimtab up`: train, gate, publish, serve, stay."""
+
+import time
+
+from policies.errors import TrainingFailed
+from trimtab.command import DEFAULT_LOOP_FILE, DONE, AddressOption, Context, LoopFile, Sets, StorageOption, open_context, say
+from trimtab.commands.offline import print_report, run_training, target_missed
+from trimtab.commands.online import serve_until_stopped
+
+
+def up(
+    loop_file: LoopFile = DEFAULT_LOOP_FILE,
+    sets: Sets = None,
+    storage: StorageOption = None,
+    address: AddressOption = None,
+) -> int:
+    """Train until the target, gate, publish, serve, and stay: the whole loop.
+
+    A champion in the storage root is served without training; a run that was interrupted is continued. Ctrl-C ends
+    everything that was started.
+    """
+    start_s = time.monotonic()
+    context = open_context(loop_file, sets, storage)
+    with context.cluster(address) as cluster:
+        say(f"Ray at {cluster.address} ({'started here' if cluster.is_local else 'joined'})")
+        champion = context.registry().state().champion
+        if champion is None:
+            champion = _make_first_champion(context)
+        serve_until_stopped(context, cluster, champion, start_s)
+    return DONE
+
+
+def _make_first_champion(context: Context) -> int:
+    from trimtab.pipeline import gate_run, has_reached_target, interrupted_run, publish_run
+
+    run_id = interrupted_run(context.loop, context.storage)
+    if run_id is None or not has_reached_target(context.storage, run_id):
+        result = run_training(context, run_id=run_id, resume=run_id is not None)
+        run_id = result.run_id
+        if not result.reached_target:
+            raise TrainingFailed(target_missed(context, result))
+    else:
+        say(f"run {run_id} is trained already")
+    print_report(gate_run(context.loop, context.storage, run_id))
+    published = publish_run(context.loop, context.storage, run_id)
+    say(f"published version {published.version}, bundle {published.bundle.digest[:12]}, champion")
+    return published.version

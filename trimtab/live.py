@@ -1,0 +1,88 @@
+"""Show the status document to a person in a terminal."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+REFRESH_S = 1.0
+PLAIN_EVERY_S = 10.0  # without a terminal a line now and then is a log, one per second is noise
+
+
+def watch(console: Console, fetch: Callable[[], dict[str, Any]]) -> None:
+    """Show the status, refreshed each second, until interrupted. Without a terminal: one plain line every ten seconds."""
+    if not console.is_terminal:
+        while True:
+            console.print(_line(fetch()), highlight=False, soft_wrap=True)
+            time.sleep(PLAIN_EVERY_S)
+    with Live(status_view(fetch()), console=console, refresh_per_second=4) as live:
+        while True:
+            time.sleep(REFRESH_S)
+            live.update(status_view(fetch()))
+
+
+def status_view(status: dict[str, Any]) -> RenderableType:
+    """Return the tables of a status document."""
+    parts: list[RenderableType] = [_heading(status)]
+    if status.get("arms"):
+        parts.append(_arms_table(status["arms"]))
+    if status.get("monitor") is None:
+        parts.append(Text(status.get("reason") or "the monitor does not answer", style="yellow"))
+    return Group(*parts)
+
+
+def _heading(status: dict[str, Any]) -> Text:
+    champion, release = status.get("champion"), status.get("release")
+    text = Text(f"{status['policy']}: champion v{champion}" if champion else f"{status['policy']}: no champion", style="bold")
+    if release:
+        shares = " → ".join(f"{weight:.0%}" for weight in release["weights"])
+        text.append(f"\nrelease {release['number']} of v{release['candidate']} ({shares}): {release['state']}", style="cyan")
+        if release["state"] == "running":
+            text.append(f", canary has {release['canary_weight']:.0%}\n{release.get('verdict')}: {release.get('reason')}")
+        else:
+            text.append(f"\n{release['history'][-1]['action']}: {release['history'][-1]['reason']}")
+    return text
+
+
+def _arms_table(arms: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in ("version", "arm", "share", "decisions", "per s", "errors", "p50 ms", "p99 ms", "episodes", "outcome"):
+        table.add_column(title, justify="left" if title in ("version", "arm") else "right")
+    for arm in arms:
+        latency, outcome = arm.get("latency_ms") or {}, arm.get("outcome") or {}
+        interval = ""
+        if outcome.get("mean") is not None:
+            interval = f"{outcome['mean']:.1f} [{_number(outcome['low'])}, {_number(outcome['high'])}]"
+        table.add_row(
+            f"v{arm['version']}",
+            arm.get("arm") or "-",
+            f"{arm.get('weight') or 0:.0%}",
+            f"{arm['decisions']:,}",
+            _number(arm.get("decisions_per_s")),
+            str(arm["errors"]),
+            _number(latency.get("p50"), 2),
+            _number(latency.get("p99"), 2),
+            str(outcome.get("episodes", "")),
+            interval,
+        )
+    return table
+
+
+def _line(status: dict[str, Any]) -> str:
+    arms = [
+        f"v{arm['version']} {arm['arm']} {arm['weight']:.0%}: {arm['decisions']} decisions, {_number(arm['decisions_per_s'])}/s"
+        for arm in status.get("arms") or []
+        if arm.get("arm")
+    ]
+    release = status.get("release")
+    if release:
+        arms.append(f"release {release['number']} {release['state']}, step {release['step'] + 1} of {len(release['weights'])}")
+    return f"{time.strftime('%H:%M:%S')} {status['policy']} " + "; ".join(arms)
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"

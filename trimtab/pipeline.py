@@ -1,0 +1,195 @@
+"""The offline half step by step: train or find a run, evaluate it, gate it, publish it; `up` and the commands share it."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.controller import Progress, TrainResult, train
+from actors.worker_pool import WorkerPool
+from policies.bundle import Bundle, Golden, write_bundle
+from policies.errors import GateRefused, IntegrityError, NotFound
+from policies.integrity import canonical_json, parse_json, write_atomic
+from policies.policy import Policy
+from policies.registry import Registry, register_version, set_champion
+from policies.storage import Storage
+from policies.verdicts import GateReport, require_passing
+from training.checkpoint import load_policy
+from training.evaluation import Evaluation
+from training.gates import run_gates
+from training.runs import CONFIG, RunConfig, open_run, read_config
+from trimtab.loop_file import LoopConfig
+
+NUM_GOLDEN = 256
+GATE_REPORT = "gates.json"
+GOLDEN_OBSERVATIONS = "golden_observations.npy"
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version in the registry."""
+
+    version: int
+    bundle: Bundle
+    is_champion: bool
+
+
+def train_run(
+    loop: LoopConfig,
+    storage: Storage,
+    *,
+    run_id: str | None,
+    resume: bool,
+    on_progress: Callable[[Progress], None],
+    on_message: Callable[[str], None],
+) -> TrainResult:
+    """Train (or continue) a run; its result is kept beside its checkpoints, so that a finished run is known to be finished."""
+    report = {"on_progress": on_progress, "on_message": on_message}
+    result = train(loop.environment, loop.training, storage, run_id=run_id, resume=resume, **report)
+    write_atomic(storage.run(result.run_id) / RESULT, canonical_json(result.to_json()))
+    return result
+
+
+def find_run(storage: Storage, run_id: str | None) -> str:
+    """Return the run id, or the id of the run that was started last; raises `NotFound`."""
+    if run_id is not None:
+        return open_run(storage, run_id).name
+    runs = sorted(storage.runs.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise NotFound(f"no run in {storage.runs}; start one with `trimtab train`")
+    return runs[-1].parent.name
+
+
+def interrupted_run(loop: LoopConfig, storage: Storage) -> str | None:
+    """Return the last run if it has the loop file's settings: an `up` that was interrupted goes on with it."""
+    try:
+        run_id = find_run(storage, None)
+        same = read_config(storage.run(run_id)) == RunConfig(loop.environment, loop.training)
+    except (NotFound, IntegrityError):
+        return None
+    return run_id if same else None
+
+
+def has_reached_target(storage: Storage, run_id: str) -> bool:
+    """Say whether the run's training ended by itself and reached its target."""
+    path = storage.run(run_id) / RESULT
+    return path.exists() and parse_json(path.read_bytes(), str(path))["reached_target"]
+
+
+def evaluate_run(loop: LoopConfig, storage: Storage, run_id: str, *, episodes: int, seed: int) -> Evaluation:
+    """Run episodes with the run's last checkpoint, in the serving mode of the loop file."""
+    policy, _ = load_policy(storage.run(run_id))
+    with WorkerPool(loop.environment, loop.training) as pool:
+        return pool.evaluate(policy, num_episodes=episodes, seed=seed, mode=loop.serving.mode)
+
+
+def evaluate_version(loop: LoopConfig, storage: Storage, version: int, *, episodes: int, seed: int) -> Evaluation:
+    """Run episodes with a registered version."""
+    policy = Registry(storage.registry(loop.name)).bundle(version).policy
+    with WorkerPool(loop.environment, loop.training) as pool:
+        return pool.evaluate(policy, num_episodes=episodes, seed=seed, mode=loop.serving.mode)
+
+
+def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | None = None) -> GateReport:
+    """Judge the run's last checkpoint, compare it with the champion (or `against`), and keep the report in the run."""
+    policy, _ = load_policy(storage.run(run_id))
+    registry = Registry(storage.registry(loop.name))
+    state = registry.state()
+    version = against if against is not None else state.champion
+    incumbent = (version, registry.bundle(version).policy) if version is not None else None
+    with WorkerPool(loop.environment, loop.training) as pool:
+        report, obs_ND = run_gates(
+            policy,
+            incumbent=incumbent,
+            evaluate=lambda candidate, **kwargs: pool.evaluate(candidate, mode=loop.serving.mode, **kwargs),
+            config=loop.gates,
+            min_return=_min_return(loop),
+            now=time.time(),
+        )
+    run = storage.run(run_id)
+    np.save(run / GOLDEN_OBSERVATIONS, _golden_observations(policy, obs_ND, loop.gates.seed), allow_pickle=False)
+    write_atomic(run / GATE_REPORT, canonical_json(report.to_json()))
+    return report
+
+
+def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gates: str | None = None) -> Published:
+    """Pack the run's last checkpoint with its gate report and register it; the first passing version becomes champion.
+
+    Raises `GateRefused` when the report is missing, of another checkpoint, or not passing (without a break-glass reason).
+    """
+    from training.ppo import action_probabilities  # torch: only this step needs it in this process
+
+    run = storage.run(run_id)
+    policy, metadata = load_policy(run)
+    report_path = run / GATE_REPORT
+    if not report_path.exists():
+        raise GateRefused(f"run {run_id} has no gate report; run `trimtab gate --run {run_id}` first")
+    report = GateReport.from_json(parse_json(report_path.read_bytes(), str(report_path)))
+    require_passing(report, policy.sha256(), override=override_gates, what=f"run {run_id} not published")
+    obs_ND = np.load(run / GOLDEN_OBSERVATIONS, allow_pickle=False)
+    registry = Registry(storage.registry(loop.name))
+    now = time.time()
+    bundle = write_bundle(
+        registry.bundles,
+        policy=policy,
+        golden=Golden(obs_ND, action_probabilities(policy, obs_ND)),  # torch, as in training; the bundle is read with numpy
+        gate_report=report,
+        override_gates=override_gates,
+        mode=loop.serving.mode,
+        origin=_origin(loop, run_id, metadata),
+        created_at=now,
+    )
+    state = registry.append(lambda state: register_version(state, bundle), now=now)
+    version = max(number for number, entry in state.versions.items() if entry.digest == bundle.digest)
+    if state.champion is None and not override_gates:
+        state = registry.append(lambda state: set_champion(state, version, "first version"), now=now)
+    return Published(version, bundle, state.champion == version)
+
+
+def _min_return(loop: LoopConfig) -> float:
+    threshold = loop.gates.performance.min_return
+    if threshold is None:
+        assert loop.training.target_return is not None  # the loop file was refused otherwise
+        return loop.training.target_return
+    return threshold
+
+
+def _golden_observations(policy: Policy, obs_ND: np.ndarray, seed: int) -> np.ndarray:
+    """Draw observations that the policy really meets, and add the corners: zeros and far out on every feature's both sides."""
+    rng = np.random.default_rng(seed)
+    drawn = obs_ND[rng.choice(len(obs_ND), min(NUM_GOLDEN, len(obs_ND)), replace=False)]
+    spaces = policy.spaces
+    far_D = 10 * np.abs(obs_ND).max(axis=0) + 1
+    low_D = np.where(np.isfinite(spaces.low_D), spaces.low_D, -far_D)
+    high_D = np.where(np.isfinite(spaces.high_D), spaces.high_D, far_D)
+    corners = [np.zeros_like(low_D), low_D, high_D]
+    return np.concatenate([drawn, np.stack(corners)]).astype(np.float32)
+
+
+def _origin(loop: LoopConfig, run_id: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    packages = ("trimtab", "ray", "torch", "numpy", "gymnasium")
+    return {
+        "run_id": run_id,
+        "checkpoint": metadata,
+        "loop": json.loads(loop.model_dump_json(exclude={"storage"})),
+        "code_commit": _code_commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _code_commit() -> str | None:
+    """Return the commit of the source tree we run from, or None when we were installed without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,35 @@
+"""Recompute a logged decision from the bundle that made it, bit for bit."""
+
+from typing import Any
+
+import numpy as np
+
+from policies.bundle import read_bundle
+from policies.errors import NotFound
+from policies.policy import choose, seed_of
+from policies.records import find_decision
+from policies.registry import Registry
+from policies.storage import Storage
+
+
+def replay(storage: Storage, policy_name: str, decision_id: str) -> dict[str, Any]:
+    """Return the logged and the recomputed action and propensity, and whether they are equal in every bit.
+
+    Raises `NotFound` for an id that is not in the log, `IntegrityError` when the bundle is not the one that was logged.
+    """
+    decision = find_decision(storage.decisions(policy_name), decision_id)
+    if decision is None:
+        raise NotFound(f"decision {decision_id!r} is not in {storage.decisions(policy_name)}")
+    bundle = read_bundle(Registry(storage.registry(policy_name)).bundles / decision.digest, expected_digest=decision.digest)
+    observation_D = np.array(decision.observation, np.float32)
+    probabilities_A = bundle.policy.probabilities(observation_D[None])[0]
+    index, propensity = choose(probabilities_A, decision.mode, decision.seed)
+    action = index + bundle.policy.spaces.action_start
+    return {
+        "decision_id": decision_id,
+        "version": decision.version,
+        "digest": decision.digest,
+        "logged": {"action": decision.action, "propensity": decision.propensity, "seed": decision.seed},
+        "recomputed": {"action": action, "propensity": propensity, "seed": seed_of(decision_id)},
+        "equal": (action, propensity, seed_of(decision_id)) == (decision.action, decision.propensity, decision.seed),
+    }

@@ -1,0 +1,160 @@
+"""A serving session: monitor, release manager and Serve endpoint of one policy, from start to a clean end."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from policies.errors import ClusterError, NotFound, StorageError
+from policies.integrity import canonical_json, parse_json, write_atomic
+from policies.storage import Storage
+from trimtab.loop_file import LoopConfig
+
+START_TIMEOUT_S = 120.0  # a cold machine needs about 30 s for Ray, Serve and HAProxy
+STOP_TIMEOUT_S = 90.0
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where a running session answers. Kept in the storage root for the other commands."""
+
+    policy: str
+    version: int
+    url: str
+    api_key_file: str
+    pid: int
+    ray_address: str
+
+
+@contextmanager
+def serving(loop: LoopConfig, storage: Storage, *, champion: int, ray_address: str) -> Iterator[Session]:
+    """Serve the policy for the time of the block; Ray is connected already.
+
+    Raises `StorageError` when another session serves from this storage, `ClusterError` when a port is taken or the endpoint
+    does not get ready in time.
+    """
+    from actors.monitor import start_monitor
+    from actors.release_manager import start_release_manager
+    from serve_app.app import start_serving, stop_serving
+
+    with _locked(storage):
+        start_monitor(
+            loop.name,
+            str(storage.root),
+            outcome_range=loop.feedback.outcome_range,
+            reward_window_s=loop.feedback.reward_window_s,
+            config=loop.release,
+        )
+        try:
+            start_release_manager(loop.name, str(storage.root), loop.release)
+            url = start_serving(loop.name, str(storage.root), loop.serving)
+            session = Session(loop.name, champion, url, str(storage.api_key_file), os.getpid(), ray_address)
+            write_atomic(storage.session_file, canonical_json(asdict(session)))
+            yield session
+        finally:
+            storage.session_file.unlink(missing_ok=True)
+            stop_serving()
+            _stop_actors(loop.name)
+
+
+def running_session(storage: Storage) -> Session | None:
+    """Return the session that serves from this storage now, or None; a file left by a killed one does not count."""
+    try:
+        data = storage.session_file.read_bytes()
+    except FileNotFoundError:
+        return None
+    return Session(**parse_json(data, str(storage.session_file))) if _is_locked(storage) else None
+
+
+def require_session(storage: Storage) -> Session:
+    """Return the running session; raises `NotFound` that says how to start one."""
+    session = running_session(storage)
+    if session is None:
+        raise NotFound(f"nothing is serving from {storage.root}; start it with `trimtab up` or `trimtab serve`")
+    return session
+
+
+def start_detached(arguments: list[str], storage: Storage, log_file: Path) -> Session:
+    """Start `trimtab ARGUMENTS` as a process of its own and wait until it serves; `stop_detached` ends it.
+
+    Raises `ClusterError` with the end of its log when it ends before it serves.
+    """
+    if (session := running_session(storage)) is not None:
+        raise StorageError(f"process {session.pid} already serves {session.policy} from {storage.root} at {session.url}")
+    with open(log_file, "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trimtab", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        session = running_session(storage)
+        if session is not None and session.pid == process.pid:
+            return session
+        if process.poll() is not None:
+            tail = log_file.read_text(errors="replace")[-2000:]
+            raise ClusterError(f"the server ended with code {process.returncode}; the end of {log_file}:\n{tail}")
+        time.sleep(POLL_S)
+    process.terminate()
+    process.wait(STOP_TIMEOUT_S)
+    raise ClusterError(f"the server was not ready within {START_TIMEOUT_S:g} s; see {log_file}")
+
+
+def stop_detached(storage: Storage) -> Session:
+    """Ask the running session to end and wait until everything it started is gone."""
+    session = require_session(storage)
+    os.kill(session.pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if not _is_locked(storage):
+            return session
+        time.sleep(POLL_S)
+    raise ClusterError(f"process {session.pid} did not end within {STOP_TIMEOUT_S:g} s")
+
+
+def _stop_actors(policy: str) -> None:
+    import ray
+
+    from policies.telemetry import ACTOR_NAMESPACE, monitor_name, release_manager_name
+
+    for name in (release_manager_name(policy), monitor_name(policy)):
+        try:
+            ray.kill(ray.get_actor(name, namespace=ACTOR_NAMESPACE))
+        except ValueError:
+            continue  # it never started: start-up failed before it
+
+
+def _lock_file(storage: Storage) -> Path:
+    return storage.root / "session.lock"
+
+
+@contextmanager
+def _locked(storage: Storage) -> Iterator[None]:
+    """Hold the storage's serving lock. The kernel gives it back when the process dies, so it is never stale."""
+    with open(_lock_file(storage), "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            session = running_session(storage)
+            who = f"process {session.pid} at {session.url}" if session else "another process, which is starting or stopping,"
+            raise StorageError(f"{who} already serves from {storage.root}; stop it with `trimtab down`") from None
+        yield
+
+
+def _is_locked(storage: Storage) -> bool:
+    with open(_lock_file(storage), "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
