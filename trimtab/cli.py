@@ -31,17 +31,14 @@ def main() -> None:
     prepare_environment()
     try:
         with terminate_as_interrupt():
-            code = app(standalone_mode=False)
+            code = app(standalone_mode=False)  # an interrupt in a command comes back as code 130
+        if code == INTERRUPTED:
+            console.print("stopped", style="yellow")
         sys.exit(code if isinstance(code, int) else DONE)
     except (GateRefused, ReleaseRefused, TrainingFailed) as error:
         _fail(NEGATIVE, error)
     except TrimtabError as error:
         _fail(UNUSABLE, error)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        console.print("stopped", style="yellow")
-        sys.exit(INTERRUPTED)
     except Exception as error:
         show = getattr(error, "show", None)  # typer's own usage errors know how to print themselves
         if show is None:

@@ -1,6 +1,7 @@
 """A real client population over HTTP: many episodes at once, each action asked for, each reward reported."""
 
 import asyncio
+import contextlib
 import itertools
 import signal
 import time
@@ -91,7 +92,8 @@ class _Population:
         self._seconds = seconds
         self._seed = seed
         self._name = uuid.uuid4().hex[:8]
-        self._stop = asyncio.Event()
+        self._stop = asyncio.Event()  # end the episodes
+        self._over = asyncio.Event()  # no episode runs any more
         self._feedback: list[dict[str, Any]] = []
         self._tally = Tally()
 
@@ -112,8 +114,8 @@ class _Population:
             except* ClusterError as errors:
                 raise errors.exceptions[0] from None
             finally:
-                reporter.cancel()
-            await self._send_feedback(session)
+                self._over.set()
+                await reporter  # not cancelled: a batch on its way would be lost
         return self._tally.to_json(time.monotonic() - start_s)
 
     async def _play(self, session: aiohttp.ClientSession) -> None:
@@ -160,8 +162,9 @@ class _Population:
         raise ClusterError(f"{self._url} refused {MAX_ERRORS_IN_A_ROW} requests in a row: {dict(self._tally.failures)}")
 
     async def _report(self, session: aiohttp.ClientSession) -> None:
-        while True:
-            await asyncio.sleep(FEEDBACK_EVERY_S)
+        while not self._over.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), FEEDBACK_EVERY_S)
             await self._send_feedback(session)
 
     async def _send_feedback(self, session: aiohttp.ClientSession) -> None:
