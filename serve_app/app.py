@@ -42,7 +42,7 @@ def start_serving(policy: str, storage_root: str, config: ServingConfig) -> str:
     target = RunTarget(_application(policy, storage_root, config), name=f"trimtab-{policy}", route_prefix="/")
     _started.add(target.name)
     if _controller() is None:
-        _require_free_ports(config)
+        require_free_ports(config)
         serve.start(http_options={"host": config.host, "port": config.port})
     else:
         _require_same_address(config)
@@ -134,7 +134,8 @@ def _require_reachable_replicas(config: ServingConfig) -> None:
         )
 
 
-def _require_free_ports(config: ServingConfig) -> None:
+def require_free_ports(config: ServingConfig) -> None:
+    """Raise `ClusterError` that names the first port a new Serve instance on this machine needs and cannot have."""
     from ray.serve._private import constants
 
     ports = {config.port: "the endpoint"}

@@ -19,13 +19,10 @@ from typing import Any
 import pytest
 
 CHROMIUM, CHROMEDRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        not (CHROMIUM.exists() and CHROMEDRIVER.exists()), reason="no Chromium here: apt-get install -y chromium chromium-driver"
-    ),
-]
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install 'trimtab[dev]'")
+needs_chromium = pytest.mark.skipif(
+    not (CHROMIUM.exists() and CHROMEDRIVER.exists()), reason="no Chromium here: apt-get install -y chromium chromium-driver"
+)
+pytestmark = [pytest.mark.browser, needs_chromium]
 
 # No sandbox: CI runs as root in a container. The rest keeps the browser from calling home during a test.
 CHROMIUM_ARGUMENTS = [
@@ -318,6 +315,7 @@ class Simulator:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()

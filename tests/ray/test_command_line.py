@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from policies.storage import open_storage
+from tests.browser.test_dashboard import assert_dashboard_shows, driver, needs_chromium  # noqa: F401
 from trimtab.client import Client
 
 pytestmark = pytest.mark.ray
@@ -163,6 +164,14 @@ def test_drive_returns_over_http_what_evaluate_says(served: Path) -> None:
     # Different initial states: the two means differ by chance. The intervals must overlap, and CartPole ends at 500.
     low, high = driven["return_low"], driven["return_high"]
     assert low <= evaluated["return_high"] and evaluated["return_low"] <= high and 475 <= driven["return_mean"] <= 500
+
+
+@needs_chromium
+@pytest.mark.browser
+def test_the_dashboard_shows_the_real_endpoint(served: Path, driver: Any) -> None:  # noqa: F811
+    status = _json("status", storage=served)
+    url = json.loads((served / "session.json").read_text())["url"]
+    assert_dashboard_shows(driver, url, open_storage(served).api_key_file.read_text(), status)
 
 
 def test_wrong_questions_get_a_clear_answer(served: Path) -> None:

@@ -39,7 +39,10 @@ def train(
     as_json: JsonOption = False,
 ) -> int:
     """Train a policy until its target return and keep its checkpoints."""
+    from training.environment import read_spaces
+
     context = open_context(loop_file, sets, storage)
+    read_spaces(context.loop.environment)  # a wrong environment is said before Ray starts
     with context.cluster(address):
         return _report_training(context, run_training(context, run_id=run, resume=False), as_json)
 

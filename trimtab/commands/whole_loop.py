@@ -19,11 +19,17 @@ def up(
     A champion in the storage root is served without training; a run that was interrupted is continued. Ctrl-C ends
     everything that was started.
     """
+    from serve_app.app import require_free_ports
+    from training.environment import read_spaces
+
     start_s = time.monotonic()
     context = open_context(loop_file, sets, storage)
+    read_spaces(context.loop.environment)  # a wrong environment is said before Ray starts
     with context.cluster(address) as cluster:
         say(f"Ray at {cluster.address} ({'started here' if cluster.is_local else 'joined'})")
         champion = context.registry().state().champion
+        if cluster.is_local:
+            require_free_ports(context.loop.serving)  # before the training, not after it
         if champion is None:
             champion = _make_first_champion(context)
         serve_until_stopped(context, cluster, champion, start_s)
