@@ -248,11 +248,11 @@ def _ask(reference: Any, run_dir: Path, *, timeout_s: float = LEARNER_TIMEOUT_S)
         raise without_ray(error) from None
     except GetTimeoutError:
         raise ClusterError(
-            f"the learner did not answer within {timeout_s:g} s; `trimtab resume {run_dir.name}` continues the run"
+            f"the learner did not answer within {timeout_s:g} s; `trimtab resume --run {run_dir.name}` continues the run"
         ) from None
     except RayActorError as error:
         raise TrainingFailed(
-            f"the learner died; `trimtab resume {run_dir.name}` continues from the last checkpoint: {error}"
+            f"the learner died; `trimtab resume --run {run_dir.name}` continues from the last checkpoint: {error}"
         ) from None
 
 

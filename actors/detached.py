@@ -1,5 +1,6 @@
 """How a named process that outlives its starter is found or started, and how it does its work once a second."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from policies.errors import ClusterError
 from policies.telemetry import ACTOR_NAMESPACE
 
+logger = logging.getLogger(__name__)
+
+END_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0  # a worker process that imports numpy and pydantic needs 1-3 s, on a busy laptop 20
 
 
@@ -51,6 +55,20 @@ def start_detached(process: type, name: str, settings: dict[str, Any]) -> ActorH
             )
         ray.kill(handle, no_restart=True)
     raise ClusterError(f"{name} did not answer within {START_TIMEOUT_S:.0f} s: {problem}; see `ray list actors` and its log")
+
+
+def end_detached(name: str, *, storage_root: str) -> None:
+    """End the named process if it is there and works for this storage root; another one's is left alone."""
+    try:
+        handle = ray.get_actor(name, namespace=ACTOR_NAMESPACE)
+        found = ray.get(handle.settings.remote(), timeout=END_TIMEOUT_S)
+    except (ValueError, RayActorError):
+        return  # it was never started, or refused to start
+    except GetTimeoutError:
+        logger.warning("event=detached_process_left name=%s reason='no answer within %s s'", name, END_TIMEOUT_S)
+        return
+    if found["storage_root"] == storage_root:
+        ray.kill(handle, no_restart=True)
 
 
 def start_heartbeat(beat: Callable[[], None], *, period_s: float = 1.0) -> None:

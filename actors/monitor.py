@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,7 +23,7 @@ from policies.joining import Joiner, Outcome
 from policies.records import Decision, Feedback, LogTail
 from policies.registry import Registry, RegistryState, Release
 from policies.release import ArmEvidence, ReleaseConfig, ReleaseEvidence, alpha_per_sequence, judge
-from policies.storage import Storage
+from policies.storage import existing_storage
 from policies.telemetry import ReplicaReport, monitor_name
 
 logger = logging.getLogger(__name__)
@@ -32,6 +31,8 @@ logger = logging.getLogger(__name__)
 REPLICA_SILENT_S = 30.0
 MAX_REPLICA_TOTALS = 1000  # lives of replicas that are counted apart; beyond, the oldest are added up
 MAX_ERRORS = 20
+MAX_RELEASES_SHOWN = 20
+MAX_VERSIONS_SHOWN = 6
 
 
 class _ArmEvidence:
@@ -69,7 +70,7 @@ class Monitor:
         config: ReleaseConfig,
         now: float,
     ) -> None:
-        storage = Storage(Path(storage_root))
+        storage = existing_storage(storage_root)
         self._policy = policy
         self._outcome_range = outcome_range
         self._config = config
@@ -127,7 +128,9 @@ class Monitor:
         """Take in what a replica says of itself (`ReplicaReport` as builtins). A repeated report changes nothing."""
         replica = msgspec.convert(report, ReplicaReport, strict=False)
         self._replicas[replica.replica] = (now, replica)
-        self._responses[replica.replica, replica.started_at_s] = replica.responses
+        life = replica.replica, replica.started_at_s
+        self._responses.pop(life, None)  # put last: the first is then the one that was silent for longest
+        self._responses[life] = replica.responses
         if len(self._responses) > MAX_REPLICA_TOTALS:
             oldest = self._responses.pop(next(iter(self._responses)))
             self._older_responses = _sum([self._older_responses, oldest])
@@ -159,7 +162,7 @@ class Monitor:
             "champion": state.champion,
             "plan": state.plan.to_json() if state.plan else None,
             "release": self._open_release_status(release, now) if release else None,
-            "releases": [_release_status(closed) for closed in state.releases if not closed.is_open],
+            "releases": [_release_status(closed) for closed in state.releases[-MAX_RELEASES_SHOWN:] if not closed.is_open],
             "versions": [
                 {
                     "version": version.number,
@@ -174,7 +177,7 @@ class Monitor:
             "arms": [self._arm_status(version, now) for version in self._shown_versions()],
             "series": {
                 "time_s": series_times(now),
-                "versions": {str(version): traffic.series(now) for version, traffic in sorted(self._traffic.items())},
+                "versions": {str(version): self._traffic_of(version).series(now) for version in self._shown_versions()},
             },
             "feedback": {
                 **{name: counts[name] for name in ("joined", "duplicate", "unknown", "late")},
@@ -281,8 +284,9 @@ class Monitor:
         }
 
     def _shown_versions(self) -> list[int]:
+        """Return the versions of the plan and the newest of those that ever answered: the document stays small for ever."""
         planned = {arm.version for arm in self._state.plan.arms} if self._state.plan else set()
-        return sorted(planned | self._traffic.keys())
+        return sorted(planned | set(sorted(self._traffic)[-MAX_VERSIONS_SHOWN:]))
 
     def _arm_status(self, version: int, now: float) -> dict[str, Any]:
         arms = self._state.plan.arms if self._state.plan else ()

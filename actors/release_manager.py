@@ -5,7 +5,6 @@ It holds no rule and no state: what it knows is in the registry's journal and in
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,7 +15,7 @@ from actors.detached import start_detached, start_heartbeat
 from policies.errors import GateRefused, RegistryConflict, ReleaseRefused, TrimtabError
 from policies.registry import Registry, RegistryState, Release, change_release
 from policies.release import ReleaseConfig, ReleaseDecision, ReleaseEvidence, judge
-from policies.storage import Storage
+from policies.storage import existing_storage
 from policies.telemetry import ACTOR_NAMESPACE, monitor_name, release_manager_name
 from policies.verdicts import Verdict
 
@@ -31,7 +30,7 @@ class ReleaseManager:
 
     def __init__(self, policy: str, storage_root: str, config: ReleaseConfig) -> None:
         self._policy = policy
-        self._registry = Registry(Storage(Path(storage_root)).registry(policy))
+        self._registry = Registry(existing_storage(storage_root).registry(policy))
         self._config = config
         self.num_refused = 0  # moves that somebody else made impossible in between
 

@@ -92,6 +92,11 @@ class WorkerPool:
         return join([evaluation for (evaluation,) in self._run(submit, num_tasks=len(chunks))])
 
     def __enter__(self) -> Self:
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

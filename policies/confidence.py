@@ -42,7 +42,8 @@ class ConfidenceSequence:
     def update(self, value: float, count: int = 1) -> None:
         """Take in an observation, or `count` equal ones."""
         scaled = self._bins * (value - self._low) / self._range
-        assert 0 <= scaled <= self._bins, f"{value} is outside of the declared range; clip and count it before"
+        assert -1e-9 <= scaled <= self._bins + 1e-9, f"{value} is outside of the declared range; clip and count it before"
+        scaled = min(self._bins, max(0, scaled))  # rounding can put the end of the range a last bit outside
         self._down[math.floor(scaled)] += count
         self._up[math.ceil(scaled)] += count
         self.total += value * count

@@ -64,6 +64,7 @@ def commit_directory(temporary: Path, final: Path) -> None:
     for file in sorted(temporary.rglob("*")):
         if file.is_file():
             _fsync_file(file)
+    temporary.chmod(0o755)  # `mkdtemp` made it for its owner only
     fsync_directory(temporary)
     os.rename(temporary, final)
     fsync_directory(final.parent)

@@ -2,20 +2,24 @@
 
 import heapq
 import itertools
+from collections import deque
 from dataclasses import dataclass
 
 from policies.records import Decision, Feedback
 
 SETTLE_S = 2.0  # after a final feedback: others of the same episode may come through another replica's file
 WAIT_S = 10.0  # feedback without a decision: decisions are written before they are answered, so none is later than a flush
-DUPLICATES_S = 60.0  # how long a joined decision is remembered: clients repeat a request or a feedback within seconds
 MAX_PENDING = 500_000  # decisions without feedback, about 300 bytes each: 150 MB
 MAX_OPEN_EPISODES = 100_000
+MAX_QUEUED_EPISODES = 500_000  # episodes that are over and wait for an older one of the same arm
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The sum of an episode's rewards. It is mixed, and says nothing of a version, when more than one answered."""
+    """The sum of an episode's rewards. It is mixed, and says nothing of a version, when more than one answered.
+
+    `time_s` is when it was over: it says where the outcome stands in a time series, not in which order outcomes come.
+    """
 
     release: int
     version: int
@@ -25,7 +29,18 @@ class Outcome:
 
 
 class _Episode:
-    __slots__ = ("episode_id", "final_s", "first_s", "is_closed", "is_mixed", "last_s", "release", "reward", "version")
+    __slots__ = (
+        "episode_id",
+        "final_s",
+        "first_s",
+        "has_reward",
+        "is_closed",
+        "is_mixed",
+        "last_s",
+        "release",
+        "reward",
+        "version",
+    )
 
     def __init__(self, decision: Decision, version: int) -> None:
         self.episode_id = decision.episode_id
@@ -33,6 +48,7 @@ class _Episode:
         self.version = version
         self.is_mixed = False
         self.is_closed = False
+        self.has_reward = False
         self.reward = 0.0
         self.first_s = self.last_s = decision.time_s
         self.final_s = 0.0
@@ -54,6 +70,11 @@ class Joiner:
     joined is counted: `late` came after the reward window or after its episode was closed, `duplicate` is a second feedback
     of one decision, `unknown` names no decision we saw, `abandoned` episodes got no final feedback, `evicted` decisions or
     episodes were too many to remember.
+
+    Outcomes leave in the order in which their episodes *began*, per release and version: one that is over waits for those
+    that began before it. In the order of ending, short episodes would come first, and whoever looks early would compare
+    arms by their short episodes alone. An abandoned episode is over when its reward window is; it is worth what it had
+    earned, and nothing at all if it never got a reward: no feedback is no evidence.
     """
 
     def __init__(self, reward_window_s: float) -> None:
@@ -63,10 +84,11 @@ class Joiner:
         self._closing: list[tuple[float, int, _Episode]] = []  # a heap by time: two files are read one after the other
         self._serial = itertools.count()
         self._waiting: dict[str, Feedback] = {}
-        self._joined = _RecentIds(DUPLICATES_S)
+        self._joined = _RecentIds(reward_window_s)
         self._expired = _RecentIds(reward_window_s)
         self._cut = _RecentIds(reward_window_s)  # episodes we forgot while they may go on: their sum would lack its first part
-        self._outcomes: list[Outcome] = []
+        self._queues: dict[tuple[int, int], deque[_Episode]] = {}  # per release and version, in the order of beginning
+        self._num_queued = 0
         self.counts = dict.fromkeys(("joined", "duplicate", "unknown", "late", "duplicate_decisions", "abandoned", "evicted"), 0)
 
     @property
@@ -77,14 +99,14 @@ class Joiner:
     def decision(self, decision: Decision, version: int) -> bool:
         """Take in a decision that `version` should have answered; False for one that was logged before (a repeated request)."""
         decision_id = decision.decision_id
-        if decision_id in self._pending or decision_id in self._joined:
+        if decision_id in self._pending or decision_id in self._joined or decision_id in self._expired:
             self.counts["duplicate_decisions"] += 1
             return False
         episode = self._episode(decision, version)
         episode.add(decision, version)
         self._pending[decision_id] = (decision.time_s, episode)
         if len(self._pending) > MAX_PENDING:
-            self._expired.add(_pop_first(self._pending))
+            self._expire_first()
             self.counts["evicted"] += 1
         waiting = self._waiting.pop(decision_id, None)
         if waiting is not None:
@@ -115,27 +137,62 @@ class Joiner:
             _pop_first(self._waiting)
             self.counts["unknown"] += 1
         while self._pending and next(iter(self._pending.values()))[0] + self._window_s < until_s:
-            self._expired.add(_pop_first(self._pending))
+            self._expire_first()
         while self._open and next(iter(self._open.values())).last_s + self._window_s + SETTLE_S < until_s:
-            self._cut.add(_pop_first(self._open))
+            self._abandon_first()
             self.counts["abandoned"] += 1
         for recent in (self._joined, self._expired, self._cut):
             recent.forget(until_s)
-        outcomes, self._outcomes = self._outcomes, []
-        return outcomes
+        return self._take_outcomes()
 
     def _episode(self, decision: Decision, version: int) -> _Episode:
         if decision.episode_id is None:
-            return _Episode(decision, version)
+            return self._begin(decision, version)
         episode = self._open.pop(decision.episode_id, None)
         if episode is None:
-            episode = _Episode(decision, version)
+            episode = self._begin(decision, version)
             episode.is_mixed = decision.episode_id in self._cut
         self._open[decision.episode_id] = episode
         if len(self._open) > MAX_OPEN_EPISODES:
-            self._cut.add(_pop_first(self._open))
+            self._abandon_first()
             self.counts["evicted"] += 1
         return episode
+
+    def _begin(self, decision: Decision, version: int) -> _Episode:
+        episode = _Episode(decision, version)
+        self._queues.setdefault((decision.release, version), deque()).append(episode)
+        self._num_queued += 1
+        return episode
+
+    def _expire_first(self) -> None:
+        """Give up waiting for the oldest decision's feedback; that ends its episode if it was one of its own."""
+        decision_id = next(iter(self._pending))
+        _, episode = self._pending.pop(decision_id)
+        self._expired.add(decision_id)
+        if episode.episode_id is None:
+            episode.is_closed = True
+
+    def _abandon_first(self) -> None:
+        """End the episode that was silent for longest."""
+        episode_id = next(iter(self._open))
+        episode = self._open.pop(episode_id)
+        self._cut.add(episode_id)
+        episode.is_closed, episode.final_s = True, episode.last_s
+
+    def _take_outcomes(self) -> list[Outcome]:
+        """Return the outcomes of closed episodes, as far as no older one of the same release and version is still open."""
+        outcomes = []
+        for key, queue in list(self._queues.items()):
+            while queue and (queue[0].is_closed or self._num_queued > MAX_QUEUED_EPISODES):
+                episode = queue.popleft()
+                self._num_queued -= 1
+                if not episode.is_closed:
+                    self.counts["evicted"] += 1  # it may go on and will be counted nowhere
+                elif episode.has_reward:
+                    outcomes.append(Outcome(episode.release, episode.version, episode.reward, episode.final_s, episode.is_mixed))
+            if not queue:
+                del self._queues[key]
+        return outcomes
 
     def _join(self, feedback: Feedback, decided_s: float, episode: _Episode) -> None:
         if episode.is_closed or feedback.time_s - decided_s > self._window_s:
@@ -145,6 +202,7 @@ class Joiner:
         self._joined.add(feedback.decision_id)
         self.counts["joined"] += 1
         episode.reward += feedback.reward
+        episode.has_reward = True
         if episode.episode_id is None:
             episode.final_s = feedback.time_s
             self._close(episode)
@@ -156,7 +214,6 @@ class Joiner:
         episode.is_closed = True
         if episode.episode_id is not None and self._open.get(episode.episode_id) is episode:
             del self._open[episode.episode_id]
-        self._outcomes.append(Outcome(episode.release, episode.version, episode.reward, episode.final_s, episode.is_mixed))
 
 
 class _RecentIds:
@@ -179,7 +236,5 @@ class _RecentIds:
             self._newer, self._older, self._turned_s = set(), self._newer, until_s
 
 
-def _pop_first(entries: dict) -> str:
-    key = next(iter(entries))
-    del entries[key]
-    return key
+def _pop_first(entries: dict) -> None:
+    del entries[next(iter(entries))]

@@ -5,6 +5,7 @@ A segment that a killed writer left may end in half a line: readers stop before 
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -168,14 +169,31 @@ def check_header(path: Path, line: bytes, kind: str) -> None:
 
 
 def find_decision(directory: Path, decision_id: str) -> Decision | None:
-    """Return the logged decision with this id, or None. Reads segments newest first and parses only lines that hold the id."""
+    """Return the logged decision with this id, the first if a request was repeated, or None.
+
+    Parses only lines that hold the id. Raises `IntegrityError` when the id is nowhere but in what cannot be read.
+    """
+    found: list[Decision] = []
+    problem: IntegrityError | None = None
+    for path in directory.glob("*.jsonl"):
+        try:
+            found.extend(_decisions_named(path, decision_id))
+        except IntegrityError as error:
+            problem = error
+    if not found and problem is not None:
+        raise problem
+    return min(found, key=lambda decision: decision.time_s, default=None)
+
+
+def _decisions_named(path: Path, decision_id: str) -> Iterator[Decision]:
     needle = decision_id.encode()
-    for path in sorted(directory.glob("*.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True):
-        with open(path, "rb") as file:
-            check_header(path, file.readline(), "decisions")
-            for line in file:
-                if needle in line and line.endswith(b"\n"):
+    with open(path, "rb") as file:
+        check_header(path, file.readline(), "decisions")
+        for line in file:
+            if needle in line and line.endswith(b"\n"):
+                try:
                     decision = msgspec.json.decode(line, type=Decision)
-                    if decision.decision_id == decision_id:
-                        return decision
-    return None
+                except msgspec.DecodeError as error:
+                    raise IntegrityError(f"{path}: the line with decision {decision_id} is damaged: {error}") from error
+                if decision.decision_id == decision_id:
+                    yield decision

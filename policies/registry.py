@@ -134,6 +134,8 @@ def start_release(
         )
     if candidate == state.champion:
         raise ReleaseRefused(f"version {candidate} is the champion already")
+    if (version.gate_verdict is not Verdict.PASS or override_gates) and weights[0] >= 1:
+        raise GateRefused(f"version {candidate}: with --override-gates it can be canaried, not given all traffic at once")
     if version.gate_verdict is not Verdict.PASS and not override_gates:
         raise GateRefused(
             f"version {candidate}: gates said {version.gate_verdict}; it can be canaried, never promoted, with "
@@ -158,14 +160,15 @@ def change_release(
 ) -> dict[str, Any]:
     """Return the entry that moves the open release on; raises `ReleaseRefused` when there is none or the move is not allowed.
 
-    `rollback` after a promotion gives the traffic back to the previous champion.
+    `rollback` without an open release takes back the promotion of the present champion.
     """
     release = state.release
     if release is None:
         raise ReleaseRefused("there has been no release")
+    if action == "rollback" and not release.is_open:
+        release = next((r for r in reversed(state.releases) if r.state == "promoted" and r.candidate == state.champion), release)
     if action == "rollback" and release.state == "promoted":
-        if state.previous_champion is None:
-            raise ReleaseRefused("there is no previous champion to roll back to")
+        pass
     elif not release.is_open:
         raise ReleaseRefused(f"release {release.number} is {release.state}: nothing to {action}")
     if action == "advance" and release.step + 1 >= len(release.weights):
@@ -225,7 +228,8 @@ def _apply_release_start(state: RegistryState, entry: dict[str, Any]) -> Registr
 
 
 def _apply_release_change(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
-    release, action, number = state.releases[-1], entry["action"], entry["number"]
+    index, action, number = entry["release"] - 1, entry["action"], entry["number"]
+    release = state.releases[index]
     step = release.step + (action == "advance")
     history = (*release.history, ReleaseStep(entry["time_s"], action, step, entry["reason"], entry["numbers"]))
     release_state: ReleaseState = {
@@ -239,7 +243,7 @@ def _apply_release_change(state: RegistryState, entry: dict[str, Any]) -> Regist
     if release.state == "paused" and action == "advance":
         release_state = "paused"
     changed = replace(release, step=step, state=release_state, history=history)
-    state = replace(state, releases=(*state.releases[:-1], changed))
+    state = replace(state, releases=(*state.releases[:index], changed, *state.releases[index + 1 :]))
     if changed.is_open:
         return replace(state, plan=_plan(changed, number))
     if action == "promote":
@@ -340,6 +344,6 @@ class Registry:
                     f"{path}: follows {entry['previous_sha256']}, but the entry before it hashes to {self._state.last_sha256}"
                 )
             folded = apply(self._state, entry)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:
             raise IntegrityError(f"{path} is malformed: {error!r}") from error
         return replace(folded, num_entries=number, last_sha256=sha256_hex(data))

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import secrets
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,18 @@ def open_storage(location: str | Path = DEFAULT_LOCATION) -> Storage:
     except OSError as error:
         raise StorageError(f"storage {root} cannot be written: {error.strerror}; name another place with --storage") from error
     return storage
+
+
+def existing_storage(location: str | Path) -> Storage:
+    """Open a storage root that must be there already; raises `StorageError` where this machine does not see it.
+
+    Processes of a cluster use this: on a node without the shared directory `open_storage` would make a new root, with
+    another key, and answer from its emptiness.
+    """
+    root = Path(location)
+    if not (root / MARKER).exists():
+        raise StorageError(f"{socket.gethostname()} does not see the storage {root}; put it on a directory that all nodes share")
+    return Storage(root)
 
 
 def _claim(root: Path) -> None:

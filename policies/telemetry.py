@@ -21,8 +21,8 @@ LATENCY_BUCKETS_S = tuple(round(0.0001 * 1.4**k, 7) for k in range(32))
 
 class ReplicaReport(msgspec.Struct, frozen=True):
     """Totals of one replica since it started, not deltas: a lost message loses nothing, and a monitor that was restarted
-    is up to date after one second. `latency_counts` counts answered requests per bucket of `LATENCY_BUCKETS_S` plus the open
-    one; `responses` counts HTTP answers by status code.
+    is up to date after one second. `responses` counts HTTP answers by status code. What a replica decided, and how fast, is in
+    the log.
     """
 
     replica: str
@@ -31,6 +31,5 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     plan: int
     versions: list[int]
     responses: dict[int, int]
-    latency_counts: list[int]
     queue_depth: int
     load_failures: dict[int, str]

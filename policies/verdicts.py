@@ -28,9 +28,13 @@ class GateResult:
 
 @dataclass(frozen=True)
 class GateReport:
-    """All gates' verdicts of one policy, named by its digest so that a report cannot be moved to another policy."""
+    """All gates' verdicts of one policy, named by its digest so that a report cannot be moved to another policy.
+
+    `conditions_sha256` names what it was judged under: environment, thresholds, serving mode.
+    """
 
     policy_sha256: str
+    conditions_sha256: str
     created_at: float
     incumbent_version: int | None
     results: tuple[GateResult, ...]
@@ -56,6 +60,7 @@ class GateReport:
         return {
             "schema_version": SCHEMA_VERSION,
             "policy_sha256": self.policy_sha256,
+            "conditions_sha256": self.conditions_sha256,
             "created_at": self.created_at,
             "incumbent_version": self.incumbent_version,
             "verdict": str(self.verdict),
@@ -73,7 +78,8 @@ class GateReport:
             results = tuple(
                 GateResult(r["gate"], Verdict(r["verdict"]), r["reason"], dict(r["numbers"])) for r in value["results"]
             )
-            report = cls(value["policy_sha256"], float(value["created_at"]), value["incumbent_version"], results)
+            created_at, incumbent_version = float(value["created_at"]), value["incumbent_version"]
+            report = cls(value["policy_sha256"], value["conditions_sha256"], created_at, incumbent_version, results)
             if str(report.verdict) != value["verdict"]:
                 raise ValueError(f"says {value['verdict']!r} but its gates make {str(report.verdict)!r}")
             return report

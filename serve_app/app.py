@@ -40,12 +40,13 @@ def start_serving(policy: str, storage_root: str, config: ServingConfig) -> str:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _require_reachable_replicas(config)
     target = RunTarget(_application(policy, storage_root, config), name=f"trimtab-{policy}", route_prefix="/")
-    _started.add(target.name)
     if _controller() is None:
         require_free_ports(config)
+        _started.add(target.name)
         serve.start(http_options={"host": config.host, "port": config.port})
     else:
         _require_same_address(config)
+        _started.add(target.name)
     try:  # not `serve.run`: it waits for ever when the cluster has no room for the replicas
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     except (ray.exceptions.RayTaskError, ray.serve.exceptions.RayServeException) as error:
@@ -53,7 +54,11 @@ def start_serving(policy: str, storage_root: str, config: ServingConfig) -> str:
     url = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
     _wait_until_ready(url, target.name)
     if not haproxies(_node_ids()):
-        logger.warning("event=slow_profile reason='this cluster was started without the variables of serve_app.profile'")
+        logger.warning(
+            "event=slow_profile reason='this cluster was started without the Serve profile, so a Python proxy stands in front: "
+            "about a hundred requests per second instead of thousands' remedy='export the variables of cluster.yaml before "
+            "`ray start` on every node'"
+        )
     return url
 
 
@@ -109,7 +114,8 @@ def _shut_controller_down() -> None:
     controller = _controller()
     if controller is None:
         return
-    with contextlib.suppress(ray.exceptions.RayActorError):  # it has ended already
+    # It has ended already, or is slow: whether it ends is looked at below.
+    with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         ray.get(controller.graceful_shutdown.remote(wait=False), timeout=CALL_TIMEOUT_S)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while _controller() is not None and time.monotonic() < deadline:
@@ -176,7 +182,7 @@ def _wait_until_ready(url: str, application: str) -> None:
         if state is not None and state.status == "DEPLOY_FAILED":
             raise ClusterError(f"Ray Serve could not start the replicas: {state.message}")
         status, answer = _readiness(url)
-        if status == 200:
+        if status == 200 and state is not None and state.status == "RUNNING":  # else a replica of an ended session answered
             return
         time.sleep(0.1)
     message = state.message if state is not None else ""

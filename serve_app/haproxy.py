@@ -8,6 +8,7 @@ from pathlib import Path
 
 # Ray Serve starts each node's HAProxy with `-f <directory>/<node id>/haproxy.cfg`; node ids are unique to a cluster, so the
 # command line tells ours from those of another cluster on the same machine.
+QUIET_S = 1.0
 CONFIG_NAME = "haproxy.cfg"
 
 
@@ -23,9 +24,16 @@ def haproxies(node_ids: set[str] | None = None) -> dict[int, str]:
 
 
 def end_haproxies(node_ids: set[str], *, timeout_s: float) -> list[int]:
-    """Wait until the HAProxy processes of these nodes have ended and kill those that do not; return whom we killed."""
+    """Wait until the HAProxy processes of these nodes have ended and kill those that do not; return whom we killed.
+
+    None may be seen for `QUIET_S`: a reload that was under way when Serve was stopped starts its process after the old one
+    ended (seen when a session was interrupted in the second it became ready).
+    """
     deadline = time.monotonic() + timeout_s
-    while haproxies(node_ids) and time.monotonic() < deadline:
+    seen_s = time.monotonic()
+    while time.monotonic() < min(deadline, seen_s + QUIET_S):
+        if haproxies(node_ids):
+            seen_s = time.monotonic()
         time.sleep(0.1)
     killed = list(haproxies(node_ids))
     for pid in killed:

@@ -19,7 +19,6 @@ from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
 from serve_app.keys import ApiKey
-from serve_app.telemetry import Counters
 from serve_app.variants import Snapshot, Variant, VariantStore
 from serve_app.wire import DecideAnswer, decide_decoder, encode
 
@@ -58,7 +57,6 @@ class Ingress:
         decision_ids: DecisionIds,
         variants: VariantStore,
         log: SegmentWriter,
-        counters: Counters,
         config: ServingConfig,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -67,7 +65,6 @@ class Ingress:
         self._decision_ids = decision_ids
         self._variants = variants
         self._log = log
-        self._counters = counters
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
         self.batcher: Batcher[Ask, DecideAnswer] = Batcher(
@@ -82,15 +79,13 @@ class Ingress:
         request_id = body.request_id or secrets.token_hex(12)
         ask = Ask(
             decision_id=self._decision_ids.name(request_id),
-            unit_id=body.unit_id or request_id,
+            unit_id=body.unit_id or body.episode_id or request_id,  # an episode without a unit keeps its arm too
             episode_id=body.episode_id,
             observation=body.observation,
             obs_D=self._snapshot().champion.policy.spaces.check_observation(body.observation),
             started_s=started_s,
         )
-        answer = await self.batcher.submit(ask)
-        self._counters.count_decision(time.perf_counter() - started_s)
-        return encode(answer)
+        return encode(await self.batcher.submit(ask))
 
     def _answer_batch(self, asks: list[Ask]) -> list[DecideAnswer | Exception]:
         """Decide for all, write all down, and only then let the answers go.

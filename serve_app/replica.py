@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from policies.registry import Registry
-from policies.storage import open_storage
+from policies.storage import existing_storage
 from policies.telemetry import ReplicaReport
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
@@ -26,7 +26,7 @@ class PolicyReplica:
 
     def __init__(self, policy: str, storage_root: str, config: dict[str, Any]) -> None:
         settings = ServingConfig(**config)
-        storage = open_storage(storage_root)
+        storage = existing_storage(storage_root)
         self._started_at_s = time.time()
         self.name = f"replica-{int(self._started_at_s)}-{secrets.token_hex(4)}"  # new at each start, see SegmentWriter
         key, decision_ids = ApiKey.of(storage), DecisionIds.of(storage)
@@ -43,7 +43,6 @@ class PolicyReplica:
             decision_ids=decision_ids,
             variants=self._variants,
             log=self._decisions,
-            counters=self._counters,
             config=settings,
         )
         self.api = HttpApi(
@@ -81,7 +80,6 @@ class PolicyReplica:
             plan=snapshot.plan.number if snapshot else 0,
             versions=self._variants.versions,
             responses=dict(self._counters.responses),
-            latency_counts=list(self._counters.latency_counts),
             queue_depth=len(self._ingress.batcher),
             load_failures=self._variants.load_failures,
         )

@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import ray
 
-from policies.telemetry import ACTOR_NAMESPACE, LATENCY_BUCKETS_S, ReplicaReport, monitor_name
+from policies.telemetry import ACTOR_NAMESPACE, ReplicaReport, monitor_name
 
 REPORT_INTERVAL_S = 1.0
 REPORT_TIMEOUT_S = 5.0  # one report at a time: a monitor that hangs costs this replica one waiting call, not a queue
@@ -23,15 +22,10 @@ class Counters:
 
     def __init__(self) -> None:
         self.responses: dict[int, int] = {}
-        self.latency_counts = [0] * (len(LATENCY_BUCKETS_S) + 1)
 
     def count_response(self, status: int) -> None:
         """Count one HTTP answer."""
         self.responses[status] = self.responses.get(status, 0) + 1
-
-    def count_decision(self, latency_s: float) -> None:
-        """Count one decision that was answered, by the time from receipt to answer."""
-        self.latency_counts[bisect_left(LATENCY_BUCKETS_S, latency_s)] += 1
 
 
 class MonitorLink:

@@ -25,7 +25,7 @@ def make_policy(seed: int = 0, *, num_features: int = 4, num_actions: int = 2, h
 def make_report(policy: Policy, verdict: Verdict = Verdict.PASS) -> GateReport:
     """Return a report in which every required gate says `verdict`."""
     results = tuple(GateResult(gate, verdict, f"says {verdict}", {}) for gate in REQUIRED_GATES)
-    return GateReport(policy.sha256(), 1.0, None, results)
+    return GateReport(policy.sha256(), "conditions", 1.0, None, results)
 
 
 def make_bundle(parent: Path, policy: Policy, *, verdict: Verdict = Verdict.PASS, override_gates: str | None = None) -> Bundle:

@@ -66,7 +66,6 @@ def save_checkpoint(run_dir: Path, *, update: int, tensors: dict[str, np.ndarray
     if final.exists():
         # Damaged, or committed just before a kill and not yet named by CURRENT; either way its bits are being made again.
         shutil.rmtree(final)
-    temporary.chmod(0o755)
     commit_directory(temporary, final)
     write_atomic(directory / CURRENT, canonical_json({"generation": final.name, "manifest_sha256": sha256_hex(manifest)}))
     for old in _generations(directory)[keep:]:

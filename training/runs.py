@@ -57,7 +57,7 @@ def create_run(storage: Storage, run_id: str, config: RunConfig) -> Path:
     try:
         create_if_absent(run_dir / CONFIG, _to_bytes(config))
     except FileExistsError:
-        raise UsageError(f"run {run_id!r} exists already; `trimtab resume {run_id}` continues it") from None
+        raise UsageError(f"run {run_id!r} exists already; `trimtab resume --run {run_id}` continues it") from None
     return run_dir
 
 

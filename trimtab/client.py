@@ -73,9 +73,11 @@ class Client:
                 response = self._session.request(method, self._url + path, json=body, timeout=max(remaining_s, 0.001))
                 if response.status_code not in RETRY_STATUSES or remaining_s <= pause_s:
                     return _answer(response)
-            except requests.RequestException as error:
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 if remaining_s <= pause_s:
                     raise ClusterError(f"{self._url} did not answer within {self._timeout_s:g} s: {error}") from error
+            except (requests.RequestException, ValueError) as error:
+                raise RequestInvalid(f"the request cannot be sent: {error}") from error
             time.sleep(pause_s)
             pause_s *= 2
 

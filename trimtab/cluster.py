@@ -11,6 +11,7 @@ from types import FrameType
 
 from policies.errors import ClusterError
 from policies.telemetry import ACTOR_NAMESPACE
+from serve_app.haproxy import end_haproxies
 from serve_app.profile import serve_profile_environment
 
 CONNECT_TIMEOUT_S = 5.0  # a GCS that is up accepts within milliseconds, also on a busy machine
@@ -64,10 +65,13 @@ def connected(address: str | None = None, *, session_address: str | None = None)
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray at {target!r} cannot be used: {error}") from error
+    node_ids = {node["NodeID"] for node in ray.nodes()}
     try:
         yield Cluster(ray.get_runtime_context().gcs_address, target == "local")
     finally:
         ray.shutdown()
+        if target == "local":
+            end_haproxies(node_ids, timeout_s=0)  # what an interrupted start left: with the cluster gone nobody else will
 
 
 @contextmanager

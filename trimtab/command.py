@@ -65,7 +65,7 @@ def open_context(loop_file: Path, sets: list[str] | None, storage: str | None) -
 def connect(context: Context) -> Client:
     """Return a client of the endpoint that serves from the context's storage; raises `NotFound` when none does."""
     session = sessions.require_session(context.storage)
-    return Client(session.url, context.storage.api_key_file.read_text())
+    return Client(session.url, context.storage.api_key_file.read_text().strip())
 
 
 def escape(text: str) -> str:

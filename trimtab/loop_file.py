@@ -1,6 +1,7 @@
 """Read the loop file: one YAML document that says everything about one policy's loop."""
 
 import difflib
+import os
 import sys
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -86,9 +87,13 @@ def load_loop_file(path: Path, *, overrides: list[str] | None = None, storage: s
 
 
 def _make_importable(directory: Path) -> None:
-    """Let `module:function` references name files beside the loop file."""
+    """Let `module:function` references and `module:Id-v0` environments name files beside the loop file.
+
+    Ray's workers on this machine take the path from the environment; on other nodes the module has to be installed.
+    """
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(directory), os.environ.get("PYTHONPATH"))))
 
 
 def _set(document: dict[str, Any], override: str) -> None:

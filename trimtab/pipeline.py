@@ -15,15 +15,16 @@ import numpy as np
 from actors.controller import Progress, TrainResult, train
 from actors.worker_pool import WorkerPool
 from policies.bundle import Bundle, Golden, write_bundle
-from policies.errors import GateRefused, IntegrityError, NotFound
-from policies.integrity import canonical_json, parse_json, write_atomic
+from policies.errors import ConfigError, GateRefused, IntegrityError, NotFound
+from policies.integrity import canonical_json, parse_json, sha256_hex, write_atomic
 from policies.policy import Policy
-from policies.registry import Registry, register_version, set_champion
+from policies.registry import Registry, RegistryState, register_version, set_champion
 from policies.storage import Storage
-from policies.verdicts import GateReport, require_passing
-from training.checkpoint import load_policy
+from policies.verdicts import GateReport, Verdict, require_passing
+from training.checkpoint import load_checkpoint, load_policy
+from training.environment import read_spaces
 from training.evaluation import Evaluation
-from training.gates import run_gates
+from training.gates import Incumbent, run_gates
 from training.runs import CONFIG, RunConfig, open_run, read_config
 from trimtab.loop_file import LoopConfig
 
@@ -73,6 +74,7 @@ def interrupted_run(loop: LoopConfig, storage: Storage) -> str | None:
     try:
         run_id = find_run(storage, None)
         same = read_config(storage.run(run_id)) == RunConfig(loop.environment, loop.training)
+        load_checkpoint(storage.run(run_id))  # a run that was interrupted before its first one is not worth continuing
     except (NotFound, IntegrityError):
         return None
     return run_id if same else None
@@ -87,31 +89,31 @@ def has_reached_target(storage: Storage, run_id: str) -> bool:
 def evaluate_run(loop: LoopConfig, storage: Storage, run_id: str, *, episodes: int, seed: int) -> Evaluation:
     """Run episodes with the run's last checkpoint, in the serving mode of the loop file."""
     policy, _ = load_policy(storage.run(run_id))
-    with WorkerPool(loop.environment, loop.training) as pool:
+    with _evaluation_pool(loop, policy) as pool:
         return pool.evaluate(policy, num_episodes=episodes, seed=seed, mode=loop.serving.mode)
 
 
 def evaluate_version(loop: LoopConfig, storage: Storage, version: int, *, episodes: int, seed: int) -> Evaluation:
-    """Run episodes with a registered version."""
-    policy = Registry(storage.registry(loop.name)).bundle(version).policy
-    with WorkerPool(loop.environment, loop.training) as pool:
-        return pool.evaluate(policy, num_episodes=episodes, seed=seed, mode=loop.serving.mode)
+    """Run episodes with a registered version, in the mode in which it is served."""
+    bundle = Registry(storage.registry(loop.name)).bundle(version)
+    with _evaluation_pool(loop, bundle.policy) as pool:
+        return pool.evaluate(bundle.policy, num_episodes=episodes, seed=seed, mode=bundle.manifest["serving_mode"])
 
 
 def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | None = None) -> GateReport:
     """Judge the run's last checkpoint, compare it with the champion (or `against`), and keep the report in the run."""
     policy, _ = load_policy(storage.run(run_id))
     registry = Registry(storage.registry(loop.name))
-    state = registry.state()
-    version = against if against is not None else state.champion
-    incumbent = (version, registry.bundle(version).policy) if version is not None else None
-    with WorkerPool(loop.environment, loop.training) as pool:
+    version = against if against is not None else registry.state().champion
+    with _evaluation_pool(loop, policy) as pool:
         report, obs_ND = run_gates(
             policy,
-            incumbent=incumbent,
-            evaluate=lambda candidate, **kwargs: pool.evaluate(candidate, mode=loop.serving.mode, **kwargs),
+            mode=loop.serving.mode,
+            incumbent=_incumbent(registry, version) if version is not None else None,
+            evaluate=pool.evaluate,
             config=loop.gates,
             min_return=_min_return(loop),
+            conditions_sha256=_conditions_sha256(loop),
             now=time.time(),
         )
     run = storage.run(run_id)
@@ -125,8 +127,6 @@ def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gat
 
     Raises `GateRefused` when the report is missing, of another checkpoint, or not passing (without a break-glass reason).
     """
-    from training.ppo import action_probabilities  # torch: only this step needs it in this process
-
     run = storage.run(run_id)
     policy, metadata = load_policy(run)
     report_path = run / GATE_REPORT
@@ -134,8 +134,36 @@ def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gat
         raise GateRefused(f"run {run_id} has no gate report; run `trimtab gate --run {run_id}` first")
     report = GateReport.from_json(parse_json(report_path.read_bytes(), str(report_path)))
     require_passing(report, policy.sha256(), override=override_gates, what=f"run {run_id} not published")
-    obs_ND = np.load(run / GOLDEN_OBSERVATIONS, allow_pickle=False)
     registry = Registry(storage.registry(loop.name))
+    _require_current(report, loop, registry.state(), run_id)
+    version = _passing_version(registry.state(), policy) or _register(
+        loop, registry, run, policy, report, origin=_origin(loop, run_id, metadata), override_gates=override_gates
+    )
+    state = registry.state()
+    if state.champion is None and state.version(version).gate_verdict is Verdict.PASS:
+        state = registry.append(lambda state: set_champion(state, version, "first version"), now=time.time())
+    return Published(version, registry.bundle(version), state.champion == version)
+
+
+def _passing_version(state: RegistryState, policy: Policy) -> int | None:
+    """Return the version that this policy is already: a `publish` that was cut short, or repeated, goes on from there."""
+    same = [version.number for version in state.versions.values() if version.policy_sha256 == policy.sha256()]
+    return next((number for number in same if state.version(number).gate_verdict is Verdict.PASS), None)
+
+
+def _register(
+    loop: LoopConfig,
+    registry: Registry,
+    run: Path,
+    policy: Policy,
+    report: GateReport,
+    *,
+    origin: dict[str, Any],
+    override_gates: str | None,
+) -> int:
+    from training.ppo import action_probabilities  # torch: only this step needs it in this process
+
+    obs_ND = np.load(run / GOLDEN_OBSERVATIONS, allow_pickle=False)
     now = time.time()
     bundle = write_bundle(
         registry.bundles,
@@ -144,14 +172,45 @@ def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gat
         gate_report=report,
         override_gates=override_gates,
         mode=loop.serving.mode,
-        origin=_origin(loop, run_id, metadata),
+        origin=origin,
         created_at=now,
     )
     state = registry.append(lambda state: register_version(state, bundle), now=now)
-    version = max(number for number, entry in state.versions.items() if entry.digest == bundle.digest)
-    if state.champion is None and not override_gates:
-        state = registry.append(lambda state: set_champion(state, version, "first version"), now=now)
-    return Published(version, bundle, state.champion == version)
+    return max(number for number, entry in state.versions.items() if entry.digest == bundle.digest)
+
+
+def _require_current(report: GateReport, loop: LoopConfig, state: RegistryState, run_id: str) -> None:
+    """Raise `GateRefused` when the report answers another question than the loop file asks now."""
+    if report.conditions_sha256 != _conditions_sha256(loop):
+        what = "under other settings (environment, gates or serving.mode)"
+    elif report.incumbent_version != state.champion:
+        what = f"against {report.incumbent_version or 'nobody'}, the champion is {state.champion or 'nobody'}"
+    else:
+        return
+    raise GateRefused(f"run {run_id} was judged {what}; run `trimtab gate --run {run_id}` again")
+
+
+def _conditions_sha256(loop: LoopConfig) -> str:
+    conditions = {
+        "environment": loop.environment.model_dump(mode="json"),
+        "gates": loop.gates.model_dump(mode="json"),
+        "min_return": _min_return(loop),
+        "mode": loop.serving.mode,
+    }
+    return sha256_hex(canonical_json(conditions))
+
+
+def _incumbent(registry: Registry, version: int) -> Incumbent:
+    bundle = registry.bundle(version)
+    return Incumbent(version, bundle.policy, bundle.manifest["serving_mode"])
+
+
+def _evaluation_pool(loop: LoopConfig, policy: Policy) -> WorkerPool:
+    """Return a pool, a context manager, for a policy that fits the loop file's environment; raises `ConfigError` otherwise."""
+    expected = read_spaces(loop.environment).to_json()
+    if policy.spaces.to_json() != expected:
+        raise ConfigError(f"the policy takes and gives {policy.spaces.to_json()}, environment {loop.environment.id} {expected}")
+    return WorkerPool(loop.environment, loop.training)
 
 
 def _min_return(loop: LoopConfig) -> float:

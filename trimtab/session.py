@@ -3,11 +3,12 @@
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Session:
     url: str
     api_key_file: str
     pid: int
+    host: str
     ray_address: str
 
 
@@ -40,28 +42,37 @@ def serving(loop: LoopConfig, storage: Storage, *, champion: int, ray_address: s
     Raises `StorageError` when another session serves from this storage, `ClusterError` when a port is taken or the endpoint
     does not get ready in time.
     """
+    from actors.detached import end_detached
     from actors.monitor import start_monitor
     from actors.release_manager import start_release_manager
+    from policies.telemetry import monitor_name, release_manager_name
     from serve_app.app import start_serving, stop_serving
 
-    with _locked(storage):
+    root = str(storage.root)
+    with _locked(storage), ExitStack() as cleanup:
+        # Registered before they are started: an interrupt in the middle of starting leaves nothing either.
+        cleanup.callback(end_detached, monitor_name(loop.name), storage_root=root)
+        cleanup.callback(end_detached, release_manager_name(loop.name), storage_root=root)
+        cleanup.callback(stop_serving)
+        cleanup.callback(storage.session_file.unlink, missing_ok=True)
+        cleanup.callback(_ignore_interrupts)  # runs first: a second Ctrl-C must not cut the cleaning up short
         start_monitor(
             loop.name,
-            str(storage.root),
+            root,
             outcome_range=loop.feedback.outcome_range,
             reward_window_s=loop.feedback.reward_window_s,
             config=loop.release,
         )
-        try:
-            start_release_manager(loop.name, str(storage.root), loop.release)
-            url = start_serving(loop.name, str(storage.root), loop.serving)
-            session = Session(loop.name, champion, url, str(storage.api_key_file), os.getpid(), ray_address)
-            write_atomic(storage.session_file, canonical_json(asdict(session)))
-            yield session
-        finally:
-            storage.session_file.unlink(missing_ok=True)
-            stop_serving()
-            _stop_actors(loop.name)
+        start_release_manager(loop.name, root, loop.release)
+        url = start_serving(loop.name, root, loop.serving)
+        session = Session(loop.name, champion, url, str(storage.api_key_file), os.getpid(), socket.gethostname(), ray_address)
+        write_atomic(storage.session_file, canonical_json(asdict(session)))
+        yield session
+
+
+def _ignore_interrupts() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def running_session(storage: Storage) -> Session | None:
@@ -113,25 +124,16 @@ def start_detached(arguments: list[str], storage: Storage, log_file: Path) -> Se
 def stop_detached(storage: Storage) -> Session:
     """Ask the running session to end and wait until everything it started is gone."""
     session = require_session(storage)
-    os.kill(session.pid, signal.SIGTERM)
+    if session.host != socket.gethostname():
+        raise ClusterError(f"{session.policy} is served by process {session.pid} of {session.host}; run this command there")
+    with suppress(ProcessLookupError):  # it ended in this moment
+        os.kill(session.pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while time.monotonic() < deadline:
         if not _is_locked(storage):
             return session
         time.sleep(POLL_S)
     raise ClusterError(f"process {session.pid} did not end within {STOP_TIMEOUT_S:g} s")
-
-
-def _stop_actors(policy: str) -> None:
-    import ray
-
-    from policies.telemetry import ACTOR_NAMESPACE, monitor_name, release_manager_name
-
-    for name in (release_manager_name(policy), monitor_name(policy)):
-        try:
-            ray.kill(ray.get_actor(name, namespace=ACTOR_NAMESPACE))
-        except ValueError:
-            continue  # it never started: start-up failed before it
 
 
 def _lock_file(storage: Storage) -> Path:

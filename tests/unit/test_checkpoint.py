@@ -131,7 +131,7 @@ def test_run_config_round_trips(storage: Storage):
 
 def test_run_ids_are_refused_when_taken_unknown_or_no_names(storage: Storage):
     create_run(storage, "first", CONFIG)
-    with pytest.raises(UsageError, match="trimtab resume first"):
+    with pytest.raises(UsageError, match="trimtab resume --run first"):
         create_run(storage, "first", CONFIG)
     with pytest.raises(NotFound, match="newest runs: first"):
         open_run(storage, "second")

@@ -194,3 +194,14 @@ def test_small_harm_is_found_sooner_than_by_empirical_bernstein(
     num = canary_observations_to_find(canary, champion, limit=20_000, runs=60, worse_is_low=champion > 0.1)
     assert np.median(num) <= floor_median
     assert np.percentile(num, 95) <= floor_p95
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0.7), (0, 5.1), (-0.7, 0.7), (-1200.3, -100.1)])
+def test_both_ends_of_any_range_are_observations(low: float, high: float):
+    """500 * (0.7 - 0) / 0.7 is 500.00000000000006."""
+    sequence = ConfidenceSequence(low, high, alpha=0.05)
+    sequence.update(low)
+    sequence.update(high)
+    assert sequence.num_observations == 2
+    with pytest.raises(AssertionError, match="outside of the declared range"):
+        sequence.update(high + 0.01 * (high - low))

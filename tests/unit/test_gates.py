@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from policies.errors import ConfigError
-from policies.verdicts import Verdict
+from policies.verdicts import GateResult, Verdict
 from tests.bundles import make_policy
-from training.gates import run_gates
+from training.gates import Incumbent, run_gates
 from training.gates.config import GatesConfig, PerformanceConfig, RobustnessConfig, SafetyConfig
-from training.gates.intervals import mean_interval, proportion_interval
+from training.gates.intervals import mean_interval
 from training.gates.performance import judge_performance
 from training.gates.robustness import judge_robustness
 from training.gates.safety import judge_safety, load_constraint
@@ -23,20 +23,11 @@ def test_mean_interval_equals_the_hand_computed_one() -> None:
     assert interval.high - 2.0 == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
 
 
-def test_proportion_interval_equals_the_closed_form_at_its_ends() -> None:
-    # No hit in n: the upper end solves (1 - p)^n = 0.025, so p = 1 - 0.025^(1/n). By symmetry for n hits.
-    assert proportion_interval(0, 100, 0.95).high == pytest.approx(1 - 0.025 ** (1 / 100))
-    assert proportion_interval(100, 100, 0.95).low == pytest.approx(0.025 ** (1 / 100))
-    assert proportion_interval(0, 100, 0.95).low == 0.0
-
-
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     # 2,000 repetitions at 95 %: the standard error of the coverage is 0.5 %, so 93.5 % is three of them below.
     rng = np.random.default_rng(0)
     means = [mean_interval(rng.normal(3.0, 2.0, 20), 0.95) for _ in range(2000)]
     assert np.mean([i.low <= 3.0 <= i.high for i in means]) >= 0.935
-    hits = [proportion_interval(int(rng.binomial(200, 0.01)), 200, 0.95) for _ in range(2000)]
-    assert np.mean([i.low <= 0.01 <= i.high for i in hits]) >= 0.935
 
 
 def _performance(returns: list[float], incumbent: list[float] | None = None) -> Verdict:
@@ -61,25 +52,41 @@ def test_performance_compares_with_the_incumbent_on_the_same_initial_states() ->
     assert _performance(list(noisy), list(incumbent)) is Verdict.INCONCLUSIVE
 
 
-def _safety(violations: int, decisions: int, max_rate: float = 0.001) -> Verdict:
-    obs_ND = np.zeros((decisions, 2), np.float32)
-    obs_ND[:violations, 0] = 1
+def _safety(bad_episodes: int, episodes: int, *, share: float = 1.0, max_rate: float = 0.05, steps: int = 100) -> GateResult:
+    """Judge episodes of equal length; in the first `bad_episodes` of them `share` of the decisions violate."""
+    obs_ESD = np.zeros((episodes, steps, 2), np.float32)
+    obs_ESD[:bad_episodes, : round(share * steps), 0] = 1
+    episode_N = np.repeat(np.arange(episodes), steps)
     config = SafetyConfig(constraint="tests:x", max_violation_rate=max_rate)
-    result = judge_safety(lambda obs_D, action: obs_D[0] == 0, obs_ND, np.zeros(decisions, int), config=config, confidence=0.95)
-    assert result.numbers["violations"] == violations
-    assert len(result.numbers["first_violations"]) == min(violations, 3)
-    return result.verdict
+    actions_N = np.zeros(episodes * steps, int)
+
+    def constraint(obs_D: np.ndarray, action: int) -> bool:
+        return bool(obs_D[0] == 0)
+
+    return judge_safety(constraint, obs_ESD.reshape(-1, 2), actions_N, episode_N, config=config, confidence=0.95)
 
 
-def test_safety_needs_enough_decisions_to_prove_a_small_rate() -> None:
-    # 0 of n proves 0.001 when 1 - 0.025^(1/n) <= 0.001, that is from n = 3688 on.
-    assert _safety(0, 3687) is Verdict.INCONCLUSIVE
-    assert _safety(0, 3688) is Verdict.PASS
-    assert _safety(50, 3688) is Verdict.FAIL
+def test_safety_is_three_valued_and_shows_the_first_violations() -> None:
+    # Without a violation in n episodes the bound is about 1 - (0.05 / 2 / 0.25)^(1/n), 0.25 being the capital of the gambler
+    # who stakes everything: n = 100 gives 0.023 at best, so 0.05 is proven, and 0.01 is not.
+    assert _safety(0, 100).verdict is Verdict.PASS
+    assert _safety(0, 100, max_rate=0.01).verdict is Verdict.INCONCLUSIVE
+    failed = _safety(30, 100)
+    assert failed.verdict is Verdict.FAIL and failed.numbers["violations"] == 3000
+    assert failed.numbers["violation_rate"] == pytest.approx(0.3) and len(failed.numbers["first_violations"]) == 3
+
+
+def test_safety_counts_episodes_not_decisions() -> None:
+    """One bad episode in thirty: 100 of 3,000 decisions would prove a rate below 5 % if they were independent. They are not."""
+    result = _safety(1, 30)
+    assert result.verdict is Verdict.INCONCLUSIVE and result.numbers["violation_rate_high"] > 0.1
+    as_if_independent = mean_interval(np.repeat([1.0, 0.0], [100, 2900]), 0.95)
+    assert as_if_independent.high < 0.05  # the negative control: this interval would have passed it
 
 
 def test_safety_without_a_constraint_is_inconclusive_and_says_what_to_do() -> None:
-    result = judge_safety(None, np.zeros((9999, 2)), np.zeros(9999, int), config=SafetyConfig(), confidence=0.95)
+    nothing = np.zeros(9, int)
+    result = judge_safety(None, np.zeros((9, 2)), nothing, nothing, config=SafetyConfig(), confidence=0.95)
     assert result.verdict is Verdict.INCONCLUSIVE and "gates.safety.constraint" in result.reason
 
 
@@ -116,18 +123,30 @@ class _Rows:
     returns_E: np.ndarray
     obs_ND: np.ndarray
     actions_N: np.ndarray
+    episode_N: np.ndarray
 
 
 def test_all_gates_share_seeds_and_the_report_names_the_policy() -> None:
-    policy, asked = make_policy(), []
+    policy, asked, modes = make_policy(), [], []
 
-    def evaluate(candidate, *, num_episodes, seed, noise_std_D, keep_steps):
+    def evaluate(candidate, *, mode, num_episodes, seed, noise_std_D, keep_steps):
         asked.append((seed, None if noise_std_D is None else noise_std_D.tolist()))
+        modes.append(mode)
         obs_ND = np.random.default_rng(seed).normal(0, 2.0, (5000, 4)).astype(np.float32)
-        return _Rows(np.full(num_episodes, 500.0), obs_ND, np.zeros(5000, int))
+        return _Rows(np.full(num_episodes, 500.0), obs_ND, np.zeros(5000, int), np.arange(5000) // 50)
 
     config = GatesConfig(seed=11, safety=SafetyConfig(constraint="training.gates.safety:no_constraint"))
-    report, obs_ND = run_gates(policy, incumbent=(1, make_policy(1)), evaluate=evaluate, config=config, min_return=475.0, now=5.0)
+    report, obs_ND = run_gates(
+        policy,
+        mode="greedy",
+        incumbent=Incumbent(1, make_policy(1), "sample"),
+        evaluate=evaluate,
+        config=config,
+        min_return=475.0,
+        conditions_sha256="c",
+        now=5.0,
+    )
+    assert modes == ["greedy", "sample", "greedy", "greedy"]  # each in the mode in which it is served
     assert report.verdict is Verdict.PASS and report.policy_sha256 == policy.sha256() and report.incumbent_version == 1
     assert [seed for seed, _ in asked[:2]] == [11, 11]  # candidate and incumbent start from the same states
     np.testing.assert_allclose(asked[2][1], 0.05 * obs_ND.std(axis=0), rtol=1e-5)  # noise is a share of each feature's spread

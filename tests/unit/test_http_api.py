@@ -242,7 +242,6 @@ def test_answers_are_counted_by_status_and_latency(storage: Storage, replica: Po
     send(storage, replica, "/readyz", method="GET")
     report = replica.report()
     assert report.responses == {200: 1, 400: 1}, "probes are not answers"
-    assert sum(report.latency_counts) == 1
     assert (report.plan, report.versions) == (2, [1])
 
 

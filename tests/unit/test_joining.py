@@ -167,3 +167,57 @@ def test_the_order_of_reading_does_not_change_the_outcomes():
     plain = [[(o.release, o.version, o.time_s, o.is_mixed, round(o.value, 9)) for o in result] for result in results]
     assert all(sorted(other) == sorted(plain[0]) for other in plain[1:])
     assert 0 < sum(o.is_mixed for o in results[0]) <= 20  # units that changed to the canary in the middle of an episode
+
+
+def _cohort(num_episodes: int) -> tuple[list[Decision], list[Feedback]]:
+    """One episode begins each second; odd ones last 1 s and earn 5, even ones last 60 s and earn 500."""
+    decisions, rewards = [], []
+    for k in range(num_episodes):
+        lasts_s, value = (60.0, 500.0) if k % 2 == 0 else (1.0, 5.0)
+        decisions.append(make_decision(f"d{k}", time_s=START_S + k, episode_id=f"e{k}", version=1))
+        rewards.append(Feedback(f"d{k}", START_S + k + lasts_s, value, True))
+    return decisions, sorted(rewards, key=lambda reward: reward.time_s)
+
+
+def test_outcomes_come_in_the_order_in_which_episodes_began():
+    """Else whoever looks after half a minute sees short episodes alone: a mean of 5, where the truth is 252.5."""
+    decisions, rewards = _cohort(100)
+    joiner = Joiner(WINDOW_S)
+    for decision in decisions[:30]:
+        joiner.decision(decision, 1)
+    for reward in (reward for reward in rewards if reward.time_s <= START_S + 30):
+        joiner.feedback(reward)
+    assert joiner.counts["joined"] == 15  # fifteen short episodes are over, which is what a mean of the ended would see …
+    assert joiner.settle(START_S + 30) == []  # … but the first one that began is not
+    for decision in decisions[30:]:
+        joiner.decision(decision, 1)
+    for reward in (reward for reward in rewards if reward.time_s > START_S + 30):
+        joiner.feedback(reward)
+    values = [outcome.value for outcome in joiner.settle(START_S + 100)]
+    # Over by second 98 (two seconds to settle): all that began by second 38, the 60 s ones of which ended at 98; then e39, which
+    # is short. e40 ends at 100 and holds up what began after it.
+    assert values == [500.0, 5.0] * 20
+
+
+def test_an_abandoned_episode_is_worth_what_it_had_earned_and_nothing_without_any_reward():
+    decisions = [episode("a"), make_decision("b", time_s=START_S, episode_id="f"), make_decision("c", time_s=START_S)]
+    joiner, outcomes = joined(decisions, [feedback("a", 3)], until=WINDOW_S - 1)
+    assert outcomes == []
+    outcomes = joiner.settle(START_S + WINDOW_S + joining.SETTLE_S + 1)
+    assert [outcome.value for outcome in outcomes] == [3.0]
+    assert joiner.counts["abandoned"] == 2
+
+
+def test_an_abandoned_episode_stops_holding_up_younger_ones():
+    decisions = [episode("a"), make_decision("b", time_s=START_S + 5)]
+    joiner, outcomes = joined(decisions, [feedback("b", 1, second=6)], until=20)
+    assert outcomes == []
+    assert [outcome.value for outcome in joiner.settle(START_S + WINDOW_S + joining.SETTLE_S + 1)] == [1.0]
+
+
+def test_a_request_that_is_repeated_within_the_window_counts_once():
+    joiner, _ = joined([make_decision("a")], [feedback("a", 1)])
+    joiner.settle(START_S + 0.9 * WINDOW_S)
+    assert joiner.decision(make_decision("a", time_s=START_S + 0.9 * WINDOW_S), 1) is False
+    joiner.feedback(feedback("a", 1, second=0.9 * WINDOW_S))
+    assert (joiner.counts["duplicate_decisions"], joiner.counts["duplicate"], joiner.counts["joined"]) == (1, 1, 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from policies.errors import GateRefused, IntegrityError, NotFound, ReleaseRefused
+from policies.errors import GateRefused, IntegrityError, NotFound, RegistryConflict, ReleaseRefused
 from policies.registry import Registry, RegistryState, change_release, register_version, set_champion, start_release
 from policies.verdicts import Verdict
 from tests.bundles import make_bundle, make_policy, make_registry
@@ -55,6 +55,19 @@ def test_a_rollback_after_the_promotion_restores_the_previous_champion(tmp_path:
     assert (state.champion, _shares(state)) == (1, {1: 1.0})
 
 
+def test_a_promotion_can_be_taken_back_after_a_later_release_was_aborted(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path, num_versions=3)
+    _start(registry, 2)
+    _change(registry, "promote")
+    _start(registry, 3)
+    _change(registry, "abort")
+    state = _change(registry, "rollback")
+    assert (state.champion, _shares(state)) == (1, {1: 1.0})
+    assert [release.state for release in state.releases] == ["rolled_back", "aborted"]
+    with pytest.raises(ReleaseRefused, match="nothing to rollback"):
+        _change(registry, "rollback")
+
+
 def test_plan_numbers_only_grow_and_the_salt_stays_within_a_release(tmp_path: Path) -> None:
     registry = make_registry(tmp_path, num_versions=2)
     plans = [
@@ -86,6 +99,19 @@ def test_a_passing_version_released_by_break_glass_is_not_promoted_either(tmp_pa
     _start(registry, 2, override_gates="in a hurry")
     with pytest.raises(GateRefused, match="never promoted"):
         _change(registry, "promote")
+
+
+def test_break_glass_never_gives_all_traffic_at_once(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path, num_versions=2)
+    with pytest.raises(GateRefused, match="not given all traffic at once"):
+        registry.append(lambda state: start_release(state, 2, weights=(1.0,), override_gates="drill", reason="test"), now=200.0)
+
+
+def test_the_same_policy_is_not_registered_twice(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path)
+    again = registry.bundle(1)
+    with pytest.raises(RegistryConflict, match="is version 1 already"):
+        registry.append(lambda state: register_version(state, again), now=150.0)
 
 
 def test_the_first_champion_needs_passing_gates_and_an_empty_seat(tmp_path: Path) -> None:

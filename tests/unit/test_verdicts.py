@@ -9,7 +9,9 @@ P, F, I = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE  # noqa: E741
 
 
 def _report(**verdicts: Verdict) -> GateReport:
-    return GateReport("abc", 1.0, None, tuple(GateResult(gate, verdict, "because", {}) for gate, verdict in verdicts.items()))
+    return GateReport(
+        "abc", "conditions", 1.0, None, tuple(GateResult(gate, verdict, "because", {}) for gate, verdict in verdicts.items())
+    )
 
 
 @pytest.mark.parametrize(

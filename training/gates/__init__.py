@@ -1,10 +1,11 @@
 """May this policy meet traffic? Three gates, each with a three-valued verdict, and the report that binds them to the policy."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from policies.policy import Policy
+from policies.policy import Mode, Policy
 from policies.verdicts import GateReport
 from training.evaluation import Evaluation
 from training.gates.config import GatesConfig
@@ -12,17 +13,28 @@ from training.gates.performance import judge_performance
 from training.gates.robustness import judge_robustness
 from training.gates.safety import judge_safety, load_constraint
 
-# (policy, num_episodes, seed, noise_std_D or None, keep_steps) -> rows; on the worker pool or in this process
+# (policy, mode, num_episodes, seed, noise_std_D or None, keep_steps) -> rows; on the worker pool or in this process
 Evaluate = Callable[..., Evaluation]
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """What the candidate is compared with, in the mode in which it is served."""
+
+    version: int
+    policy: Policy
+    mode: Mode
 
 
 def run_gates(
     policy: Policy,
     *,
-    incumbent: tuple[int, Policy] | None,
+    mode: Mode,
+    incumbent: Incumbent | None,
     evaluate: Evaluate,
     config: GatesConfig,
     min_return: float,
+    conditions_sha256: str,
     now: float,
 ) -> tuple[GateReport, np.ndarray]:
     """Evaluate the candidate (and the incumbent on the same initial states) and judge it.
@@ -32,16 +44,17 @@ def run_gates(
     """
     constraint = load_constraint(config.safety.constraint) if config.safety.constraint else None
     episodes = config.performance.episodes
-    clean = evaluate(policy, num_episodes=episodes, seed=config.seed, noise_std_D=None, keep_steps=True)
+    clean = evaluate(policy, mode=mode, num_episodes=episodes, seed=config.seed, noise_std_D=None, keep_steps=True)
     actions_N = clean.actions_N + policy.spaces.action_start  # a constraint sees the actions that the environment sees
     incumbent_returns_E = None
     if incumbent is not None:
-        rows = evaluate(incumbent[1], num_episodes=episodes, seed=config.seed, noise_std_D=None, keep_steps=False)
-        incumbent_returns_E = rows.returns_E
+        options = {"num_episodes": episodes, "seed": config.seed, "noise_std_D": None, "keep_steps": False}
+        incumbent_returns_E = evaluate(incumbent.policy, mode=incumbent.mode, **options).returns_E
     spread_D = clean.obs_ND.std(axis=0)
     noisy = {
         level: evaluate(
             policy,
+            mode=mode,
             num_episodes=config.robustness.episodes,
             seed=config.seed + 1 + index,
             noise_std_D=(level * spread_D).astype(np.float32),
@@ -57,8 +70,8 @@ def run_gates(
             config=config.performance,
             confidence=config.confidence,
         ),
-        judge_safety(constraint, clean.obs_ND, actions_N, config=config.safety, confidence=config.confidence),
+        judge_safety(constraint, clean.obs_ND, actions_N, clean.episode_N, config=config.safety, confidence=config.confidence),
         judge_robustness(float(clean.returns_E.mean()), noisy, config=config.robustness, confidence=config.confidence),
     )
-    report = GateReport(policy.sha256(), now, incumbent[0] if incumbent else None, results)
+    report = GateReport(policy.sha256(), conditions_sha256, now, incumbent.version if incumbent else None, results)
     return report, clean.obs_ND

@@ -19,7 +19,7 @@ class SafetyConfig(_Section):
     """How often does the candidate do what the constraint function forbids?"""
 
     constraint: str | None = Field(None, description="`module:function` taking (obs, action), true when the action is acceptable")
-    max_violation_rate: float = Field(0.001, ge=0, lt=1, description="bigger: more violations per decision are accepted")
+    max_violation_rate: float = Field(0.05, gt=0, lt=1, description="bigger: a larger share of decisions may violate")
 
 
 class RobustnessConfig(_Section):

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from policies.confidence import ConfidenceSequence
 from policies.errors import ConfigError
 from policies.verdicts import GateResult, Verdict
 from training.gates.config import SafetyConfig
-from training.gates.intervals import proportion_interval
 
 MAX_SHOWN = 3
 
@@ -36,30 +36,47 @@ def load_constraint(reference: str) -> Constraint:
 
 
 def judge_safety(
-    constraint: Constraint | None, obs_ND: np.ndarray, actions_N: np.ndarray, *, config: SafetyConfig, confidence: float
+    constraint: Constraint | None,
+    obs_ND: np.ndarray,
+    actions_N: np.ndarray,
+    episode_N: np.ndarray,
+    *,
+    config: SafetyConfig,
+    confidence: float,
 ) -> GateResult:
-    """Count the decisions that the constraint does not accept and compare the exact bounds of their rate with the limit."""
+    """Compare the share of an episode's decisions that the constraint does not accept, on average, with the limit.
+
+    Episodes are independent, the decisions of one are not: a policy that goes wrong in one episode of fifty goes wrong
+    hundreds of times there and never elsewhere. So the interval counts episodes.
+    """
     if constraint is None:
         reason = "no constraint is named; set gates.safety.constraint (to training.gates.safety:no_constraint if there is none)"
         return GateResult("safety", Verdict.INCONCLUSIVE, reason, {"constraint": None})
     violations = [index for index in range(len(actions_N)) if not constraint(obs_ND[index], int(actions_N[index]))]
-    rate = proportion_interval(len(violations), len(actions_N), confidence)
+    decisions_E = np.bincount(episode_N)
+    share_E = np.bincount(episode_N[violations], minlength=len(decisions_E)) / decisions_E
+    rate = ConfidenceSequence(0.0, 1.0, alpha=1 - confidence)
+    for share in share_E:
+        rate.update(float(share))
+    low, high = rate.interval()
+    shown = violations[:MAX_SHOWN]
     numbers = {
         "constraint": config.constraint,
         "decisions": len(actions_N),
         "violations": len(violations),
-        "violation_rate": rate.mean,
-        "violation_rate_low": rate.low,
-        "violation_rate_high": rate.high,
+        "episodes": len(decisions_E),
+        "episodes_with_violations": int((share_E > 0).sum()),
+        "violation_rate": float(share_E.mean()),
+        "violation_rate_low": low,
+        "violation_rate_high": high,
         "max_violation_rate": config.max_violation_rate,
-        "first_violations": [
-            {"observation": [float(x) for x in obs_ND[index]], "action": int(actions_N[index])}
-            for index in violations[:MAX_SHOWN]
-        ],
+        "first_violations": [{"observation": obs_ND[index].tolist(), "action": int(actions_N[index])} for index in shown],
     }
-    text = f"{len(violations)} violations in {len(actions_N)} decisions, rate at most {rate.high:.2g}"
-    if rate.low > config.max_violation_rate:
-        return GateResult("safety", Verdict.FAIL, f"{text}, at least {rate.low:.2g}: over {config.max_violation_rate:g}", numbers)
-    if rate.high > config.max_violation_rate:
-        return GateResult("safety", Verdict.INCONCLUSIVE, f"{text} does not prove {config.max_violation_rate:g}", numbers)
+    where = f"in {numbers['episodes_with_violations']} of {len(decisions_E)} episodes"
+    text = f"{len(violations)} violations {where}, rate {high:.2g} at most"
+    if low > config.max_violation_rate:
+        return GateResult("safety", Verdict.FAIL, f"{text}, {low:.2g} at least: over {config.max_violation_rate:g}", numbers)
+    if high > config.max_violation_rate:
+        undecided = f"{text} does not prove {config.max_violation_rate:g}; raise gates.performance.episodes"
+        return GateResult("safety", Verdict.INCONCLUSIVE, undecided, numbers)
     return GateResult("safety", Verdict.PASS, f"{text}, within {config.max_violation_rate:g}", numbers)

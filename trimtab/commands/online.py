@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from policies.errors import NotFound, UsageError
+from policies.errors import NotFound, TrimtabError, UsageError
 from trimtab import session as sessions
 from trimtab.client import Client
 from trimtab.cluster import Cluster
@@ -104,7 +104,7 @@ def drive(
 
     context = open_context(loop_file, sets, storage)
     session = sessions.require_session(context.storage)
-    key = context.storage.api_key_file.read_text()
+    key = context.storage.api_key_file.read_text().strip()
     summary = run_population(
         context.loop.environment, session.url, key, episodes=episodes, seconds=seconds, concurrency=concurrency, seed=seed
     )
@@ -143,7 +143,7 @@ def status(
     context = open_context(loop_file, None, storage)
     with connect(context) as client:
         if follow:
-            watch(console, client.status)
+            watch(console, lambda: _status_or_reason(client, context.loop.name))
         document = client.status()
     if as_json:
         print(json.dumps(document))
@@ -177,9 +177,17 @@ def serve_until_stopped(context: Context, cluster: Cluster, champion: int, start
         say(f"serving {session.policy} version {session.version} at {session.url} after {time.monotonic() - start_s:.1f} s")
         say(f"API key in {session.api_key_file}; dashboard at {session.url}/dashboard")
         say(f"try: {_curl_line(context, session)}")
-        key = Path(session.api_key_file).read_text()
+        key = Path(session.api_key_file).read_text().strip()
         with Client(session.url, key) as client:
-            watch(console, client.status)
+            watch(console, lambda: _status_or_reason(client, session.policy))
+
+
+def _status_or_reason(client: Client, policy: str) -> dict[str, Any]:
+    """Return the status or why there is none: an endpoint that is away for a moment is no reason to end it."""
+    try:
+        return client.status()
+    except TrimtabError as error:
+        return {"policy": policy, "champion": None, "monitor": None, "reason": f"the endpoint does not answer: {error}"}
 
 
 def _curl_line(context: Context, session: sessions.Session) -> str:

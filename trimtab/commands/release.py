@@ -1,5 +1,6 @@
 """`trimtab release`: each command is a journal entry; the release manager and the replicas follow the journal."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from policies.errors import NotFound
+from policies.errors import NotFound, TrimtabError
 from policies.registry import RegistryState, Release, ReleaseAction, change_release, start_release
 from policies.verdicts import Verdict
 from trimtab import session as sessions
@@ -161,7 +162,8 @@ def _release_document(context: Context, state: RegistryState) -> dict[str, Any]:
         "history": [dataclasses.asdict(step) for step in release.history],
     }
     if release.is_open and sessions.running_session(context.storage) is not None:
-        with connect(context) as client:
+        live = None  # the journal is enough to answer; the endpoint only knows more
+        with contextlib.suppress(TrimtabError), connect(context) as client:
             live = client.status().get("release")
         if live and live["number"] == release.number:
             document |= {key: live[key] for key in ("verdict", "reason", "evidence") if live.get(key) is not None}

@@ -1,0 +1,108 @@
+"""Does a run become a version once, only with its own current gate report, and whatever interrupted the last try?"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from policies.errors import GateRefused
+from policies.integrity import canonical_json, write_atomic
+from policies.policy import Architecture
+from policies.registry import Registry
+from policies.storage import Storage, open_storage
+from policies.verdicts import GateReport, Verdict
+from tests.bundles import make_report
+from training.checkpoint import load_policy, save_checkpoint
+from training.environment import read_spaces
+from training.learner_state import LearnerState
+from training.network import Layout
+from training.runs import RunConfig, create_run
+from trimtab import pipeline
+from trimtab.loop_file import LoopConfig, load_loop_file
+
+LOOP_FILE = Path(__file__).parents[2] / "examples" / "cartpole.yaml"
+
+
+@pytest.fixture
+def loop() -> LoopConfig:
+    return load_loop_file(LOOP_FILE)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return open_storage(tmp_path / "data")
+
+
+def _make_run(loop: LoopConfig, storage: Storage, run_id: str = "r", *, seed: int = 0) -> Path:
+    """Make a run with the checkpoint that training starts from."""
+    run = create_run(storage, run_id, RunConfig(loop.environment, loop.training))
+    layout = Layout(read_spaces(loop.environment), Architecture(loop.training.hidden, loop.training.activation))
+    state = LearnerState.initial(layout, seed)
+    described = {**state.counters(), "spaces": layout.spaces.to_json(), "network": layout.architecture.to_json()}
+    save_checkpoint(run, update=0, tensors=state.to_tensors(layout), state=described, keep=2)
+    return run
+
+
+def _gate(loop: LoopConfig, run: Path, verdict: Verdict = Verdict.PASS, incumbent_version: int | None = None) -> None:
+    """Put a gate report beside the run as `gate_run` does."""
+    policy, _ = load_policy(run)
+    conditions = pipeline._conditions_sha256(loop)
+    report: GateReport = replace(make_report(policy, verdict), conditions_sha256=conditions, incumbent_version=incumbent_version)
+    write_atomic(run / pipeline.GATE_REPORT, canonical_json(report.to_json()))
+    np.save(run / pipeline.GOLDEN_OBSERVATIONS, np.random.default_rng(0).normal(0, 0.1, (32, 4)).astype(np.float32))
+
+
+def test_the_first_passing_run_becomes_champion_and_publishing_again_changes_nothing(loop: LoopConfig, storage: Storage) -> None:
+    _gate(loop, _make_run(loop, storage))
+    first = pipeline.publish_run(loop, storage, "r")
+    assert (first.version, first.is_champion) == (1, True)
+    _gate(loop, storage.run("r"), incumbent_version=1)
+    again = pipeline.publish_run(loop, storage, "r")
+    assert again.version == 1 and again.bundle.digest == first.bundle.digest
+    assert len(list(Registry(storage.registry(loop.name)).bundles.iterdir())) == 1
+
+
+def test_a_publish_that_was_killed_before_its_champion_is_finished_by_the_next_one(
+    loop: LoopConfig, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _gate(loop, _make_run(loop, storage))
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "set_champion", killed)
+        pipeline.publish_run(loop, storage, "r")
+    assert Registry(storage.registry(loop.name)).state().champion is None
+    assert pipeline.publish_run(loop, storage, "r").is_champion
+
+
+def test_a_report_of_other_settings_or_another_champion_is_refused(loop: LoopConfig, storage: Storage) -> None:
+    run = _make_run(loop, storage)
+    lenient = load_loop_file(LOOP_FILE, overrides=["gates.performance.min_return=-1"])
+    _gate(lenient, run)
+    with pytest.raises(GateRefused, match="judged under other settings"):
+        pipeline.publish_run(loop, storage, "r")
+    _gate(loop, run, incumbent_version=7)
+    with pytest.raises(GateRefused, match="judged against 7, the champion is nobody"):
+        pipeline.publish_run(loop, storage, "r")
+    _gate(loop, run)
+    pipeline.publish_run(loop, storage, "r")  # the control
+
+
+def test_a_failing_run_needs_the_break_glass_and_is_not_champion(loop: LoopConfig, storage: Storage) -> None:
+    _gate(loop, _make_run(loop, storage), Verdict.FAIL)
+    with pytest.raises(GateRefused, match="gates say fail"):
+        pipeline.publish_run(loop, storage, "r")
+    published = pipeline.publish_run(loop, storage, "r", override_gates="drill")
+    assert (published.version, published.is_champion) == (1, False)
+
+
+def test_up_continues_a_run_with_a_checkpoint_and_the_same_settings_only(loop: LoopConfig, storage: Storage) -> None:
+    assert pipeline.interrupted_run(loop, storage) is None
+    create_run(storage, "a", RunConfig(loop.environment, loop.training))  # interrupted before its first checkpoint
+    assert pipeline.interrupted_run(loop, storage) is None
+    _make_run(loop, storage, "b")
+    assert pipeline.interrupted_run(loop, storage) == "b"
+    assert pipeline.interrupted_run(load_loop_file(LOOP_FILE, overrides=["training.seed=9"]), storage) is None
