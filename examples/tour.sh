@@ -5,16 +5,25 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 STORAGE=${1:-$(mktemp -d)/trimtab-data}
-[ $# -ge 1 ] || trap 'rm -rf "$(dirname "$STORAGE")"' EXIT
+TEMPORARY=$([ $# -ge 1 ] || dirname "$STORAGE")
 export COLUMNS=${COLUMNS:-130}
 
 say() { printf '\n== %s\n' "$*"; }
-run() { printf '$ trimtab %s\n' "$*"; trimtab "$@" --storage "$STORAGE" 2>&1; }
+run() {
+  printf '$ trimtab'
+  for argument in "$@"; do case $argument in *" "*) printf " '%s'" "$argument" ;; *) printf ' %s' "$argument" ;; esac; done
+  printf '\n'
+  trimtab "$@" --storage "$STORAGE" 2>&1
+}
 json() { trimtab "$@" --storage "$STORAGE" --json 2>/dev/null; }
 field() { python -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
 refused() { if run "$@"; then echo "this should have been refused"; exit 1; else echo "(exit code $?)"; fi; }
-finish() { [ -z "${DRIVE:-}" ] || kill "$DRIVE" 2>/dev/null || true; json down >/dev/null || true; }
-trap 'finish; [ -n "${1:-}" ] || rm -rf "$(dirname "$STORAGE")"' EXIT
+finish() {
+  [ -z "${DRIVE:-}" ] || kill "$DRIVE" 2>/dev/null || true
+  json down >/dev/null || true
+  [ -z "$TEMPORARY" ] || rm -rf "$TEMPORARY"
+}
+trap finish EXIT
 
 drive_in_background() {  # a client population while the release goes on; it ends by itself after ten minutes
   trimtab drive --seconds 600 --concurrency 64 --storage "$STORAGE" >"$STORAGE/drive.txt" 2>&1 &
@@ -68,4 +77,3 @@ run replay "$(json decide '[0.0, 0.1, 0.02, -0.1]' | field decision_id)"
 
 say "The end: nothing is left running"
 run down
-trap - EXIT

@@ -250,18 +250,18 @@ def test_status_comes_from_the_monitor_and_survives_its_absence(endpoint: Endpoi
 
 
 def test_a_taken_port_is_named_with_a_remedy(endpoint: Endpoint) -> None:
-    from serve_app.app import _require_free_ports
+    from serve_app.app import require_free_ports
 
     with pytest.raises(
         ClusterError, match=rf"port {endpoint.port} \(the endpoint\).*HAProxy is running here as process \d+.*kill"
     ):
-        _require_free_ports(ServingConfig(port=endpoint.port))
+        require_free_ports(ServingConfig(port=endpoint.port))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ClusterError, match=f"port {port}"):
-            _require_free_ports(ServingConfig(port=port))
+            require_free_ports(ServingConfig(port=port))
 
 
 def test_a_bundle_spoiled_on_disk_is_never_served(endpoint: Endpoint) -> None:

@@ -67,8 +67,8 @@ def _safety(bad_episodes: int, episodes: int, *, share: float = 1.0, max_rate: f
 
 
 def test_safety_is_three_valued_and_shows_the_first_violations() -> None:
-    # Without a violation in n episodes the bound is about 1 - (0.05 / 2 / 0.25)^(1/n), 0.25 being the capital of the gambler
-    # who stakes everything: n = 100 gives 0.023 at best, so 0.05 is proven, and 0.01 is not.
+    # Without a violation in n episodes the gambler who stakes everything, with a quarter of the capital, has 0.25 / (1 - m)^n. A
+    # rate m is excluded when that reaches 2 / 0.05: from 1 - (0.25 * 0.025)^(1/n) = 0.0495 on for n = 100, so 0.05 is proven.
     assert _safety(0, 100).verdict is Verdict.PASS
     assert _safety(0, 100, max_rate=0.01).verdict is Verdict.INCONCLUSIVE
     failed = _safety(30, 100)

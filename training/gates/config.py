@@ -10,7 +10,7 @@ class _Section(BaseModel):
 class PerformanceConfig(_Section):
     """Is the candidate good enough, and not worse than the incumbent?"""
 
-    episodes: int = Field(100, ge=2, le=100_000, description="more episodes: a narrower interval, a slower gate")
+    episodes: int = Field(200, ge=2, le=100_000, description="more episodes: a narrower interval, a slower gate")
     min_return: float | None = Field(None, description="bigger: asks more of a candidate; null is training.target_return")
     max_regression: float = Field(0.05, ge=0, description="bigger: a candidate may lose this share of the incumbent's return")
 
