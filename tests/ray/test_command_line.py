@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,39 +14,38 @@ import pytest
 
 from policies.storage import open_storage
 from tests.browser.test_dashboard import assert_dashboard_shows, driver, needs_chromium  # noqa: F401
+from tests.command_line import ROOT, TRIMTAB, free_port, run_trimtab, serving_processes, trimtab_json
 from trimtab.client import Client
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).parents[2]
 LOOP_FILE = ROOT / "examples" / "cartpole.yaml"
-TRIMTAB = [sys.executable, "-m", "trimtab"]
 START_TIMEOUT_S = 240.0  # of a whole `up`, training included, on a machine that does other things as well
 STOP_TIMEOUT_S = 90.0
 
 
-def _trimtab(*arguments: str, storage: Path | None = None, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
-    command = [*TRIMTAB, *arguments, *(["--storage", str(storage)] if storage else [])]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
-
-
-def _json(*arguments: str, storage: Path, expected_code: int = 0) -> dict[str, Any]:
-    result = _trimtab(*arguments, "--json", storage=storage)
-    assert result.returncode == expected_code, result.stderr
-    return json.loads(result.stdout)  # exactly one document, or this fails
-
-
 @pytest.fixture(scope="module")
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def _start_up(storage: Path, port: int) -> subprocess.Popen[str]:
     command = [*TRIMTAB, "up", str(LOOP_FILE), "--storage", str(storage), "--address", "local", "--set", f"serving.port={port}"]
     with open(storage.parent / "up.log", "w") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_listen_to_interrupts,
+        )
+
+
+def _listen_to_interrupts() -> None:
+    """Undo what a shell does to its background jobs, if these tests are one: it lets them ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _log(storage: Path) -> str:
@@ -78,10 +75,6 @@ def _assert_all_gone(processes: list[psutil.Process]) -> None:
     assert not alive, [(p.pid, p.name()) for p in alive]
 
 
-def _haproxies() -> set[int]:
-    return {p.pid for p in psutil.process_iter(["name"]) if "haproxy" in (p.info["name"] or "")}
-
-
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator[tuple[Path, str]]:
     """A storage root whose first `up` was interrupted in the middle of training, and the run it left."""
@@ -103,7 +96,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator
 def served(interrupted: tuple[Path, str], port: int) -> Iterator[Path]:
     """The same storage after a second `up` went on with the interrupted run and serves its policy."""
     storage, run = interrupted
-    haproxies = _haproxies()
+    before = serving_processes()
     process = _start_up(storage, port)
     try:
         _wait_for(storage, process, "try: curl")
@@ -113,7 +106,7 @@ def served(interrupted: tuple[Path, str], port: int) -> Iterator[Path]:
         assert any("raylet" in child.name() for child in children)  # else the next line could not fail
         assert _interrupt(process) == 130
         _assert_all_gone(children)
-        assert _haproxies() <= haproxies
+        assert serving_processes() <= before
     finally:
         process.kill()
 
@@ -127,22 +120,22 @@ def test_up_after_an_interruption_serves_and_its_curl_line_works(served: Path) -
 
 
 def test_a_second_server_on_the_same_storage_is_refused(served: Path) -> None:
-    result = _trimtab("serve", storage=served)
+    result = run_trimtab("serve", storage=served)
     assert result.returncode == 2 and "already serves" in result.stderr
 
 
 def test_decide_replay_and_status_agree(served: Path) -> None:
-    decision = _json("decide", "[0.01, 0.02, 0.03, 0.04]", "--unit-id", "u", storage=served)
-    replayed = _json("replay", decision["decision_id"], storage=served)
+    decision = trimtab_json("decide", "[0.01, 0.02, 0.03, 0.04]", "--unit-id", "u", storage=served)
+    replayed = trimtab_json("replay", decision["decision_id"], storage=served)
     assert replayed["equal"] is True and replayed["recomputed"]["action"] == decision["action"]
     time.sleep(2.5)  # the monitor reads the log once a second, a replica asks it once a second
-    status = _json("status", storage=served)
+    status = trimtab_json("status", storage=served)
     assert status["champion"] == 1 and status["arms"][0]["decisions"] >= 1
 
 
 def test_a_changed_log_line_does_not_replay(served: Path) -> None:
     """The negative control of replay: the same record with another observation."""
-    decision = _json("decide", "[0.01, 0.02, 0.03, 0.04]", storage=served)
+    decision = trimtab_json("decide", "[0.01, 0.02, 0.03, 0.04]", storage=served)
     (segment,) = (served / "log" / "cartpole" / "decisions").glob("*.jsonl")
     original = segment.read_bytes()
     line = next(line for line in original.splitlines() if decision["decision_id"].encode() in line)
@@ -151,16 +144,16 @@ def test_a_changed_log_line_does_not_replay(served: Path) -> None:
     copy = segment.with_name("zz-forged.jsonl")
     copy.write_bytes(original.splitlines()[0] + b"\n" + json.dumps(forged).encode() + b"\n")
     try:
-        result = _trimtab("replay", forged["decision_id"], storage=served)
+        result = run_trimtab("replay", forged["decision_id"], storage=served)
         assert result.returncode == 1 and "DIFFERENT" in result.stdout
     finally:
         copy.unlink()
 
 
 def test_drive_returns_over_http_what_evaluate_says(served: Path) -> None:
-    driven = _json("drive", "--episodes", "30", "--concurrency", "16", storage=served)
+    driven = trimtab_json("drive", "--episodes", "30", "--concurrency", "16", storage=served)
     assert driven["episodes"] == 30 and driven["failed_requests"] == 0 and driven["feedback"] == driven["decisions"]
-    evaluated = _json("evaluate", "--version", "1", "--episodes", "30", storage=served)
+    evaluated = trimtab_json("evaluate", "--version", "1", "--episodes", "30", storage=served)
     # Different initial states: the two means differ by chance. The intervals must overlap, and CartPole ends at 500.
     low, high = driven["return_low"], driven["return_high"]
     assert low <= evaluated["return_high"] and evaluated["return_low"] <= high and 475 <= driven["return_mean"] <= 500
@@ -169,18 +162,18 @@ def test_drive_returns_over_http_what_evaluate_says(served: Path) -> None:
 @needs_chromium
 @pytest.mark.browser
 def test_the_dashboard_shows_the_real_endpoint(served: Path, driver: Any) -> None:  # noqa: F811
-    status = _json("status", storage=served)
+    status = trimtab_json("status", storage=served)
     url = json.loads((served / "session.json").read_text())["url"]
     assert_dashboard_shows(driver, url, open_storage(served).api_key_file.read_text(), status)
 
 
 def test_wrong_questions_get_a_clear_answer(served: Path) -> None:
-    result = _trimtab("decide", "[1, 2]", storage=served)
+    result = run_trimtab("decide", "[1, 2]", storage=served)
     assert result.returncode == 2 and "observation has 2 items; expected a list of 4 finite numbers" in result.stderr
-    assert _trimtab("decide", "not json", storage=served).returncode == 2
-    result = _trimtab("release", "start", "--version", "7", storage=served)
+    assert run_trimtab("decide", "not json", storage=served).returncode == 2
+    result = run_trimtab("release", "start", "--version", "7", storage=served)
     assert result.returncode == 2 and "version 7 does not exist; registered: [1]" in result.stderr
-    result = _trimtab("release", "status", storage=served)
+    result = run_trimtab("release", "status", storage=served)
     assert result.returncode == 2 and "there has been no release" in result.stderr
     with Client("http://127.0.0.1:9", "key", timeout_s=0.5) as client, pytest.raises(Exception, match="did not answer within"):
         client.decide([0.0])
@@ -192,7 +185,7 @@ def test_a_bundle_with_a_changed_byte_is_refused_with_both_hashes(served: Path) 
     original = path.read_bytes()
     path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     try:
-        result = _trimtab("evaluate", "--version", "1", storage=served)
+        result = run_trimtab("evaluate", "--version", "1", storage=served)
         assert result.returncode == 2 and "policy.safetensors: sha256 is" in result.stderr and "manifest says" in result.stderr
     finally:
         path.write_bytes(original)
@@ -213,7 +206,7 @@ def test_a_bundle_with_a_changed_byte_is_refused_with_both_hashes(served: Path) 
     ],
 )
 def test_usage_and_environment_errors_end_with_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = _trimtab(*arguments, storage=None if arguments == ["frobnicate"] else tmp_path / "data")
+    result = run_trimtab(*arguments, storage=None if arguments == ["frobnicate"] else tmp_path / "data")
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
 
@@ -223,5 +216,5 @@ def test_a_taken_port_is_named(served: Path, tmp_path: Path, port: int) -> None:
     registry = tmp_path / "data" / "registry"
     open_storage(tmp_path / "data")
     subprocess.run(["cp", "-r", str(served / "registry"), str(registry)], check=True)
-    result = _trimtab("serve", "--address", "local", "--set", f"serving.port={port}", storage=tmp_path / "data")
+    result = run_trimtab("serve", "--address", "local", "--set", f"serving.port={port}", storage=tmp_path / "data")
     assert result.returncode == 2 and f"{port}" in result.stderr and "Traceback" not in result.stderr
