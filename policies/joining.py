@@ -10,6 +10,7 @@ from policies.records import Decision, Feedback
 SETTLE_S = 2.0  # after a final feedback: others of the same episode may come through another replica's file
 WAIT_S = 10.0  # feedback without a decision: decisions are written before they are answered, so none is later than a flush
 MAX_PENDING = 500_000  # decisions without feedback, about 300 bytes each: 150 MB
+MIN_REMEMBERED = 250_000  # ids of joined decisions, about 150 bytes each, up to twice as many: 75 MB
 MAX_OPEN_EPISODES = 100_000
 MAX_QUEUED_EPISODES = 500_000  # episodes that are over and wait for an older one of the same arm
 
@@ -217,7 +218,10 @@ class Joiner:
 
 
 class _RecentIds:
-    """Remembers ids for at least `keep_s` and at most twice as long: two sets, the older one is thrown away whole."""
+    """Remembers ids for `keep_s` to twice as long, or the last `MIN_REMEMBERED` where that would be more.
+
+    Two sets, the older of which is thrown away whole.
+    """
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
@@ -232,7 +236,7 @@ class _RecentIds:
         self._newer.add(name)
 
     def forget(self, until_s: float) -> None:
-        if self._turned_s is None or until_s - self._turned_s > self._keep_s or len(self._newer) > MAX_PENDING:
+        if self._turned_s is None or until_s - self._turned_s > self._keep_s or len(self._newer) > MIN_REMEMBERED:
             self._newer, self._older, self._turned_s = set(), self._newer, until_s
 
 
