@@ -29,9 +29,9 @@ for command in (release.start, release.status, release.promote, release.pause, r
 def main() -> None:
     """Run the command line and turn our errors into a message and an exit code."""
     prepare_environment()
+    terminate_as_interrupt()
     try:
-        with terminate_as_interrupt():
-            code = app(standalone_mode=False)  # an interrupt in a command comes back as code 130
+        code = app(standalone_mode=False)  # an interrupt in a command comes back as code 130
         if code == INTERRUPTED:
             console.print("stopped", style="yellow")
         sys.exit(code if isinstance(code, int) else DONE)

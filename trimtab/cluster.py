@@ -65,6 +65,7 @@ def connected(address: str | None = None, *, session_address: str | None = None)
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray at {target!r} cannot be used: {error}") from error
+    terminate_as_interrupt()  # again: `ray.init` puts a handler of its own there, which prints a stack and exits with code 15
     node_ids = {node["NodeID"] for node in ray.nodes()}
     try:
         yield Cluster(ray.get_runtime_context().gcs_address, target == "local")
@@ -74,22 +75,15 @@ def connected(address: str | None = None, *, session_address: str | None = None)
             end_haproxies(node_ids, timeout_s=0)  # what an interrupted start left: with the cluster gone nobody else will
 
 
-@contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP take the same clean way out as Ctrl-C."""
-
-    def raise_interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = [signal.SIGTERM]
+def terminate_as_interrupt() -> None:
+    """Let SIGTERM and SIGHUP take the same clean way out as Ctrl-C, from now on in this process."""
+    signal.signal(signal.SIGTERM, _raise_interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup: then a closed terminal is no reason to end
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, raise_interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGHUP, _raise_interrupt)
+
+
+def _raise_interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _current_cluster() -> str | None:

@@ -130,10 +130,18 @@ def stop_detached(storage: Storage) -> Session:
         os.kill(session.pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while time.monotonic() < deadline:
-        if not _is_locked(storage):
+        if not _is_locked(storage) and _has_ended(session.pid):  # it ends Ray after it gave the lock back
             return session
         time.sleep(POLL_S)
     raise ClusterError(f"process {session.pid} did not end within {STOP_TIMEOUT_S:g} s")
+
+
+def _has_ended(pid: int) -> bool:
+    """Say whether a process is gone, or only waits for its parent to notice. Where there is no /proc nobody can tell: True."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def _lock_file(storage: Storage) -> Path:

@@ -47,6 +47,7 @@ def test_a_server_that_is_ended_in_the_second_it_is_ready_leaves_nothing_either(
     trimtab_json("serve", "--detach", "--address", "local", "--set", f"serving.port={free_port()}", storage=storage)
     assert serving_processes() > before
     trimtab_json("down", storage=storage)
+    assert (storage / "serve.log").read_text().rstrip().endswith("stopped")  # the clean way out, not Ray's own exit
     _assert_all_gone(before)
 
 
