@@ -20,8 +20,8 @@ lint: install
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.bench  ## the benchmarks of benchmarks/, one after the other
-	$(BIN)/python benchmarks/train_cartpole.py
-	$(BIN)/python benchmarks/serve_latency.py
+	$(BIN)/python -m benchmarks.train_cartpole
+	$(BIN)/python -m benchmarks.serve_latency
 
 install: $(VENV)/.installed
 
