@@ -24,7 +24,9 @@ console = Console(stderr=True)
 
 LoopFile = Annotated[Path, typer.Argument(metavar="[LOOP_FILE]", help="The loop file (YAML).")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the loop file.")]
-StorageOption = Annotated[str | None, typer.Option("--storage", metavar="DIR|URL", help="The storage root.")]
+StorageOption = Annotated[
+    str | None, typer.Option("--storage", metavar="DIR|URL", help="Storage root: a directory or file:// URL.")
+]
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Ray cluster: host:port, `auto` (made by `ray start`) or `local` (a new one).")
 ]

@@ -147,8 +147,9 @@ def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gat
 
 def _passing_version(state: RegistryState, policy: Policy) -> int | None:
     """Return the version that this policy is already: a `publish` that was cut short, or repeated, goes on from there."""
-    same = [version.number for version in state.versions.values() if version.policy_sha256 == policy.sha256()]
-    return next((number for number in same if state.version(number).gate_verdict is Verdict.PASS), None)
+    digest = policy.sha256()
+    passing = (version for version in state.versions.values() if version.gate_verdict is Verdict.PASS)
+    return next((version.number for version in passing if version.policy_sha256 == digest), None)
 
 
 def _register(

@@ -239,3 +239,14 @@ def test_only_our_own_decision_ids_are_recognised() -> None:
     assert not any(
         ours.is_ours(forged) for forged in ("", ".", "r-1", "r-1.", "r-2." + name[-12:], name[:-1] + "g", name + "\n", "é.é")
     )
+
+
+def test_an_episode_without_a_unit_stays_on_one_arm(storage: Storage) -> None:
+    """Else the arm is drawn anew for each request, and nearly every episode of a release is answered by two versions."""
+    replica = replica_of(storage)
+    plan = with_canary(4, 1, champion=1, candidate=2, weight=0.5)
+    put_in_force(replica, plan, variant_of(1, random_policy(1)), variant_of(2, random_policy(2)))
+    decide_all(storage, replica, [{"observation": obs, "episode_id": "e"} for obs in observations(40)])
+    assert len({decision.arm for decision in logged(storage)}) == 1
+    decide_all(storage, replica, [{"observation": obs} for obs in observations(40)])
+    assert {decision.arm for decision in logged(storage)} == {"canary", "champion"}  # the control: without an episode

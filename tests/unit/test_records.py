@@ -138,3 +138,13 @@ def test_a_decision_is_found_by_its_id(tmp_path: Path):
     assert find_decision(tmp_path, "y") == make_decision("y")
     assert find_decision(tmp_path, "torn") is None
     assert find_decision(tmp_path, "z") is None
+
+
+def test_a_decision_is_found_beside_damaged_segments_and_a_repeated_one_is_the_first(tmp_path: Path):
+    Segment(tmp_path, "decisions", "a").append(make_decision("x", time_s=START_S + 5), make_decision("y"))
+    Segment(tmp_path, "decisions", "b").append(make_decision("x", time_s=START_S + 1))
+    (tmp_path / "c.jsonl").write_bytes(b"no header\n")
+    assert find_decision(tmp_path, "x") == make_decision("x", time_s=START_S + 1)
+    assert find_decision(tmp_path, "y") == make_decision("y")
+    with pytest.raises(IntegrityError, match=r"c\.jsonl"):
+        find_decision(tmp_path, "z")  # it may have stood in what cannot be read

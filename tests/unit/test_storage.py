@@ -8,7 +8,7 @@ import pytest
 
 from policies.errors import IntegrityError, StorageError
 from policies.integrity import canonical_json, commit_directory, create_if_absent, parse_json, temporary_directory, write_atomic
-from policies.storage import MARKER, open_storage
+from policies.storage import MARKER, existing_storage, open_storage
 
 
 def test_a_new_root_is_claimed_and_opens_again_with_the_same_key(tmp_path: Path) -> None:
@@ -69,3 +69,12 @@ def test_a_committed_directory_appears_whole(tmp_path: Path) -> None:
 def test_json_that_two_readers_could_read_differently_is_refused(text: bytes) -> None:
     with pytest.raises(IntegrityError, match="not readable JSON"):
         parse_json(text, "x")
+
+
+def test_a_process_that_does_not_see_the_storage_says_so_and_makes_no_new_one(tmp_path: Path) -> None:
+    """On a node without the shared directory, `open_storage` would make a new root with another key: the negative control."""
+    with pytest.raises(StorageError, match=r"does not see the storage.*all nodes share"):
+        existing_storage(tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+    opened = open_storage(tmp_path / "elsewhere")
+    assert existing_storage(opened.root) == opened
