@@ -43,7 +43,8 @@ class VersionTraffic:
         """Count a decision of this version's arm; one that another version had to answer is an error of this one."""
         self.num_decisions += 1
         if decision.fallback is None:
-            self._actions[decision.action] += 1
+            if isinstance(decision.action, int):  # lists and real numbers have no mix that a person could read
+                self._actions[decision.action] += 1
         else:
             self.num_errors += 1
         bucket = self._bucket(decision.time_s)

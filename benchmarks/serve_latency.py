@@ -101,7 +101,7 @@ def _start_idiomatic(ready: Callable[[str, str], None]) -> None:
 
         @serve.batch(max_batch_size=64)
         async def act(self, observations: list[list[float]]) -> list[int]:
-            return self.policy.probabilities(np.array(observations, np.float32)).argmax(axis=1).tolist()
+            return self.policy.distributions(np.array(observations, np.float32)).argmax(axis=1).tolist()
 
     @serve.deployment(max_ongoing_requests=256)
     class Router:

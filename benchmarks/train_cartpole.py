@@ -1,40 +1,44 @@
-"""How long does CartPole-v1 take to learn with our trainer, RLlib's PPO and stable-baselines3's PPO on the same machine?
+"""How long does CartPole-v1 take to learn with our trainer and with other people's PPO on the same machine?
 
-    python -m benchmarks.train_cartpole [--seeds 3] [--output FILE]        needs the extra `bench`
+    python -m benchmarks.train_cartpole [--seeds 3] [--trainers trimtab cleanrl ...] [--output FILE]     needs the extra `bench`
 
 Every run is a fresh process, and the trainers take turns seed by seed, so that a busy minute hits all of them. The clock runs
 from the first environment step until 20 greedy episodes have a mean return of at least 475; evaluations are inside the clock.
 All trainers are judged alike: greedy actions, 20 environments side by side, one episode each. Settings are each project's own
-for this environment: RLlib's tuned example, RL Baselines3 Zoo's hyper-parameters, our defaults.
+for this environment: RLlib's tuned example, RL Baselines3 Zoo's hyper-parameters, our defaults; those of the peers in
+`benchmarks/peers/` stand in their files. A peer whose environment cannot be made is reported as absent, with the reason.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-TRAINERS = ("trimtab", "stable_baselines3", "rllib")
-TARGET_RETURN = 475.0
-NUM_EPISODES = 20
-MAX_ENV_STEPS = 500_000
-TRAINING_LIMIT_S = 150.0  # RLlib needs 20 to 60 s on two quiet cores; a run that takes longer has not reached the target
-PROCESS_TIMEOUT_S = 240.0
-SB3_EVALUATION_EVERY_STEPS = 4_000  # as often as RLlib's batch of 4,000 steps allows
-REPOSITORY = Path(__file__).parents[1]
-RESULT_FILE = REPOSITORY / "benchmarks" / "results" / "train_cartpole.json"
+from benchmarks.peers.environments import CARTPOLE_PEERS, REPOSITORY, EnvironmentUnavailable, command
+from benchmarks.peers.judge import (
+    EVALUATION_EVERY_STEPS,
+    MAX_ENV_STEPS,
+    NUM_EPISODES,
+    TARGET_RETURN,
+    TRAINING_LIMIT_S,
+    Act,
+    greedy_return,
+)
 
-Act = Callable[[np.ndarray], np.ndarray]
+PROCESS_TIMEOUT_S = 240.0
+RESULT_FILE = REPOSITORY / "benchmarks" / "results" / "train_cartpole.json"
 
 
 def train_trimtab(seed: int) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def train_stable_baselines3(seed: int) -> dict[str, Any]:
             self.outcome: dict[str, Any] = {}
 
         def _on_rollout_start(self) -> None:
-            if self.num_timesteps - self.evaluated_at_step >= SB3_EVALUATION_EVERY_STEPS:
+            if self.num_timesteps - self.evaluated_at_step >= EVALUATION_EVERY_STEPS:
                 self.evaluated_at_step = self.num_timesteps
                 self.outcome = _outcome(lambda obs_BD: self.model.predict(obs_BD, deterministic=True)[0], self)
 
@@ -153,45 +157,68 @@ def _outcome(act: Act, clock: Any) -> dict[str, Any]:
     }
 
 
-def greedy_return(act: Act, *, seed: int) -> float:
-    """Return the mean return of 20 episodes that run side by side."""
-    import gymnasium
+TRAINERS_HERE = {"trimtab": train_trimtab, "stable_baselines3": train_stable_baselines3, "rllib": train_rllib}
+TRAINERS = (*TRAINERS_HERE, *CARTPOLE_PEERS)
 
-    environments = gymnasium.make_vec("CartPole-v1", num_envs=NUM_EPISODES, vectorization_mode="vector_entry_point")
-    obs_BD, _ = environments.reset(seed=seed)
-    running_B, returns_B = np.ones(NUM_EPISODES, bool), np.zeros(NUM_EPISODES)
-    while running_B.any():
-        obs_BD, rewards_B, terminateds_B, truncateds_B, _ = environments.step(act(obs_BD))
-        returns_B += rewards_B * running_B
-        running_B &= ~(terminateds_B | truncateds_B)
-    return float(returns_B.mean())
+
+def absent_trainers(trainers: list[str]) -> dict[str, str]:
+    """Make the environments that the trainers need, and return why the others cannot run."""
+    absent = {}
+    for trainer in trainers:
+        try:
+            trainer_command(trainer, seed=0)
+        except EnvironmentUnavailable as error:
+            absent[trainer] = str(error)
+    return absent
+
+
+def trainer_command(trainer: str, seed: int) -> list[str]:
+    if trainer in CARTPOLE_PEERS:
+        return command(CARTPOLE_PEERS[trainer], seed)
+    return [sys.executable, "-m", "benchmarks.train_cartpole", "--only", trainer, "--seed", str(seed)]
 
 
 def run_process(trainer: str, seed: int) -> dict[str, Any]:
     """Run one trainer in a process of its own and return its result with the time of the whole process."""
-    command = [sys.executable, "-m", "benchmarks.train_cartpole", "--only", trainer, "--seed", str(seed)]
+    arguments = trainer_command(trainer, seed)
     began_s = time.perf_counter()
-    try:
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=PROCESS_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return {"trainer": trainer, "seed": seed, "time_to_target_s": None, "process_s": PROCESS_TIMEOUT_S, "error": "timeout"}
+    # A session of its own, so that what a trainer started ends with it: Ray's processes, Sample Factory's workers.
+    with subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            output, _ = process.communicate(timeout=PROCESS_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return {
+                "trainer": trainer,
+                "seed": seed,
+                "time_to_target_s": None,
+                "process_s": PROCESS_TIMEOUT_S,
+                "error": "timeout",
+            }
+        finally:
+            _end_session(process.pid)
     process_s = time.perf_counter() - began_s
-    if done.returncode != 0:
-        return {"trainer": trainer, "seed": seed, "time_to_target_s": None, "process_s": process_s, "error": done.returncode}
-    return {"trainer": trainer, "seed": seed, **json.loads(done.stdout.splitlines()[-1]), "process_s": process_s}
+    if process.returncode != 0:
+        return {"trainer": trainer, "seed": seed, "time_to_target_s": None, "process_s": process_s, "error": process.returncode}
+    return {"trainer": trainer, "seed": seed, **json.loads(output.splitlines()[-1]), "process_s": process_s}
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _end_session(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # the usual case: everything has ended
+        os.killpg(leader, signal.SIGKILL)
+
+
+def summary(rows: list[dict[str, Any]], trainers: list[str]) -> dict[str, Any]:
     """Return each trainer's medians and how many times better ours are; times are of the runs that reached the target."""
-    medians = {trainer: _medians([row for row in rows if row["trainer"] == trainer]) for trainer in TRAINERS}
-    ours = medians["trimtab"]
+    medians = {trainer: _medians([row for row in rows if row["trainer"] == trainer]) for trainer in trainers}
+    ours = medians.get("trimtab")
     ratios = {
         peer: {
             "env_steps_per_s": _ratio(ours["env_steps_per_s"], medians[peer]["env_steps_per_s"]),
             "time_to_target_s": _ratio(medians[peer]["time_to_target_s"], ours["time_to_target_s"]),
             "process_s": _ratio(medians[peer]["process_s"], ours["process_s"]),
         }
-        for peer in TRAINERS[1:]
+        for peer in trainers
+        if ours is not None and peer != "trimtab"
     }
     return {"medians": medians, "times_better_than": ratios}
 
@@ -235,18 +262,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="runs per trainer")
     parser.add_argument("--output", type=Path, default=RESULT_FILE, help="where the JSON result goes")
-    parser.add_argument("--only", choices=TRAINERS, help="run one trainer in this process and print its result")
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS), help="which take part")
+    parser.add_argument("--only", choices=TRAINERS_HERE, help="run one trainer in this process and print its result")
     parser.add_argument("--seed", type=int, default=0, help="seed of that run")
     arguments = parser.parse_args()
     if arguments.only:
-        train = {"trimtab": train_trimtab, "stable_baselines3": train_stable_baselines3, "rllib": train_rllib}[arguments.only]
-        print(json.dumps(train(arguments.seed)))
+        print(json.dumps(TRAINERS_HERE[arguments.only](arguments.seed)))
         return
 
+    absent = absent_trainers(arguments.trainers)  # before the clock of anything runs: installing keeps both cores busy
+    for trainer, reason in absent.items():
+        print(f"{trainer} is absent: {reason}", file=sys.stderr, flush=True)
+    trainers = [trainer for trainer in arguments.trainers if trainer not in absent]
     began = machine()
     rows = []
     for seed in range(arguments.seeds):
-        for trainer in TRAINERS:
+        for trainer in trainers:
             rows.append(run_process(trainer, seed))
             print(json.dumps(rows[-1]), flush=True)
     result = {
@@ -260,7 +291,8 @@ def main() -> None:
         },
         "target_return": TARGET_RETURN,
         "num_episodes": NUM_EPISODES,
-        **summary(rows),
+        **summary(rows, trainers),
+        "absent": absent,
         "runs": rows,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,16 @@ python examples/flip_policy.py --storage trimtab-data --run RUN_ID      prints t
 import argparse
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the example also runs from a checkout that is not installed
 
 from policies.errors import TrimtabError
 from policies.storage import Storage, open_storage
-from training.checkpoint import load_checkpoint, read_network, save_checkpoint
-from training.network import Layout, parameters_sha256
+from training.checkpoint import load_checkpoint, read_layout, save_checkpoint
+from training.network import NORMALISER, parameters_sha256
+from training.pacing import Evaluations
 from training.runs import create_run, new_run_id, open_run, read_config
 
 
@@ -21,19 +23,19 @@ def flip_policy(storage: Storage, run_id: str, *, now: float) -> str:
     """Copy the run's last checkpoint into a new run with the sign of the policy's output layer flipped; return its id."""
     source = open_run(storage, run_id)
     checkpoint = load_checkpoint(source)
-    layout = Layout(*read_network(checkpoint.state))
+    layout = read_layout(checkpoint.state)
     last = layout.num_layers - 1
     flipped = {name: -checkpoint.tensors[name] for name in (f"policy.{last}.weight", f"policy.{last}.bias")}
     tensors = checkpoint.tensors | flipped
 
     config = read_config(source)
     target = create_run(storage, new_run_id(now), config)
-    published = {name: tensors[name] for name in [*layout.shapes(), "normaliser.mean", "normaliser.scale"]}
+    published = {name: tensors[name] for name in [*layout.shapes, *NORMALISER]}
     state = {
         **checkpoint.state,
         "run_id": target.name,
         "parameters_sha256": parameters_sha256(published),
-        "evaluation_return_mean": None,  # nobody has evaluated this one
+        "evaluations": asdict(Evaluations()),  # nobody has evaluated this one
         "flipped_from": run_id,
     }
     save_checkpoint(target, update=state["update"], tensors=tensors, state=state, keep=config.training.keep_checkpoints)

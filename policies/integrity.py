@@ -70,16 +70,32 @@ def commit_directory(temporary: Path, final: Path) -> None:
     fsync_directory(final.parent)
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory and those above it, also for after a power cut: each is an entry in its parent that must be flushed."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
+
+
 def temporary_directory(parent: Path) -> Path:
     """Return a new directory beside the final one; a leading dot keeps readers from taking it for a result."""
-    parent.mkdir(parents=True, exist_ok=True)
+    make_directory(parent)
     return Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
 
 
-def remove_temporary_directories(parent: Path) -> None:
-    """Remove what writers that were killed left behind; only call it where there is one writer."""
+def remove_temporaries(parent: Path) -> None:
+    """Remove the files and directories that killed writers left behind; only call it where there is one writer."""
     for leftover in parent.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a directory with all that is in it; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync_directory(path: Path) -> None:

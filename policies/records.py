@@ -7,7 +7,7 @@ A segment that a killed writer left may end in half a line: readers stop before 
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -27,10 +27,12 @@ class SegmentHeader(msgspec.Struct, frozen=True):
 class Decision(msgspec.Struct, frozen=True):
     """One answered request: enough to recompute the action bit for bit and to learn from it off-policy.
 
-    `action` is the environment's own number, as it was answered. `propensity` is its probability under the arm that answered,
-    `mixture_propensity` under the traffic plan as a whole (the sum over arms of weight times propensity). `seed` (53 bits) is
-    the sampling seed. `fallback` says why another version than the arm's own answered, null when it did. `latency_s` is
-    receipt to just before this line was written.
+    `observation` and `action_mask` are those of the request; a mask that was a part of the observation is only in the latter.
+    `action` is the environment's own value (an integer, a number, or
+    lists of them), as it was answered. `propensity` is its probability under the arm that answered, of real numbers its
+    density; `mixture_propensity` is that under the traffic plan as a whole (the sum over arms of weight times propensity).
+    `seed` (53 bits) is the sampling seed. `fallback` says why another version than the arm's own answered, null when it did.
+    `latency_s` is receipt to just before this line was written.
     """
 
     decision_id: str
@@ -42,14 +44,15 @@ class Decision(msgspec.Struct, frozen=True):
     arm: str
     version: int
     digest: str
-    observation: list[float]
-    action: int
+    observation: Any
+    action: Any
     mode: Literal["greedy", "sample"]
     seed: int
     propensity: float
     mixture_propensity: float
     fallback: str | None
     latency_s: float
+    action_mask: list[bool] | None = None
 
 
 class Feedback(msgspec.Struct, frozen=True):

@@ -5,97 +5,279 @@ from typing import Any
 
 import numpy as np
 
+from policies import observations
 from policies.errors import IntegrityError, RequestInvalid, SpaceUnsupported
+from policies.observations import LARGEST_FLOAT32, MAX_FEATURES, Bits, Box, Categories, Group, Observation
 
-MAX_OBSERVATION_SIZE = 4096
-LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_ACTION_SIZE = 4096
+ACTION_MASK = "action_mask"  # the key of an observation or of `info` in which an environment says which actions exist now
 
 
 @dataclass(frozen=True)
-class Spaces:
-    """A vector of floats in, one of `num_actions` integers out.
+class Choices:
+    """One or more integers, each from a range of its own: Discrete (shape ()), MultiDiscrete or MultiBinary.
 
-    `low_D`, `high_D` are float32 bounds of each feature (infinite where open); actions are
-    `action_start … action_start + num_actions - 1`.
+    `nvec` and `starts` are flat: component k takes `starts[k] … starts[k] + nvec[k] - 1`.
     """
 
-    low_D: np.ndarray
-    high_D: np.ndarray
-    num_actions: int
-    action_start: int = 0
-    # The bounds as Python floats, an open one being the largest float32: 1e39 is a finite float, but not a finite float32.
-    _lows: list[float] = field(init=False, repr=False, compare=False)
-    _highs: list[float] = field(init=False, repr=False, compare=False)
+    kind: str
+    nvec: tuple[int, ...]
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def num_components(self) -> int:
+        return len(self.nvec)
+
+    def to_json(self) -> dict[str, Any]:
+        if self.kind == "discrete":
+            return {"kind": self.kind, "n": self.nvec[0], "start": self.starts[0]}
+        shape = list(self.shape)
+        if self.kind == "multi_binary":
+            return {"kind": self.kind, "shape": shape}
+        return {"kind": self.kind, "nvec": list(self.nvec), "starts": list(self.starts), "shape": shape}
+
+    def to_environment(self, index_BK: np.ndarray) -> np.ndarray:
+        """Return what `env.step` takes, for indices that start at 0: int64 [B] or [B, *shape]."""
+        return (index_BK + np.array(self.starts)).reshape(len(index_BK), *self.shape)
+
+    def to_answer(self, index_K: np.ndarray) -> Any:
+        """Return one action as a JSON value: a number, or nested lists of the space's shape."""
+        return self.to_environment(np.asarray(index_K)[None])[0].tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """Real numbers between `low` and `high` (float32 of the space's shape, infinite where open): a Box."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+    @property
+    def num_components(self) -> int:
+        return self.low.size
+
+    def to_json(self) -> dict[str, Any]:
+        return {**Box(self.low, self.high).to_json(), "kind": "box"}
+
+    def to_environment(self, action_BK: np.ndarray) -> np.ndarray:
+        """Return what `env.step` takes: float32 [B, *shape]."""
+        return action_BK.astype(np.float32).reshape(len(action_BK), *self.low.shape)
+
+    def to_answer(self, action_K: np.ndarray) -> Any:
+        """Return one action as nested lists of the space's shape."""
+        return np.asarray(action_K, np.float64).reshape(self.low.shape).tolist()
+
+
+Action = Choices | Numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Spaces:
+    """What goes in, what comes out, and whether each request says which choices exist at the moment (`has_mask`)."""
+
+    observation: Observation
+    action: Action
+    has_mask: bool = False
+    low_D: np.ndarray = field(init=False, repr=False)  # float32 bounds of each feature, infinite where open
+    high_D: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_lows", np.maximum(self.low_D, -LARGEST_FLOAT32).astype(np.float64).tolist())
-        object.__setattr__(self, "_highs", np.minimum(self.high_D, LARGEST_FLOAT32).astype(np.float64).tolist())
+        low_D, high_D = self.observation.bounds()
+        object.__setattr__(self, "low_D", low_D)
+        object.__setattr__(self, "high_D", high_D)
 
     @property
     def num_features(self) -> int:
         return len(self.low_D)
 
+    @property
+    def mask_size(self) -> int:
+        """Length of an action mask: one truth value per choice of every component."""
+        assert isinstance(self.action, Choices)
+        return sum(self.action.nvec)
+
     def to_json(self) -> dict[str, Any]:
         """Return the spaces as JSON values; an open bound is null, since JSON has no infinity."""
-        return {
-            "observation": {
-                "kind": "box",
-                "shape": [self.num_features],
-                "low": [_finite_or_none(x) for x in self.low_D],
-                "high": [_finite_or_none(x) for x in self.high_D],
-            },
-            "action": {"kind": "discrete", "n": self.num_actions, "start": self.action_start},
-        }
+        spaces = {"observation": self.observation.to_json(), "action": self.action.to_json()}
+        return {**spaces, "has_mask": True} if self.has_mask else spaces
+
+    def interface(self) -> dict[str, Any]:
+        """Return what a client has to know of the spaces: all but the bounds of the observations."""
+        return _without_bounds({**self.to_json(), "action": {}}) | {"action": self.action.to_json()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Spaces":
         """Read what `to_json` wrote; raises `IntegrityError` for anything else."""
         try:
-            observation, action = value["observation"], value["action"]
-            if observation["kind"] != "box" or action["kind"] != "discrete":
-                raise ValueError(f"kinds {observation['kind']!r} and {action['kind']!r}")
-            low_D = np.array([-np.inf if x is None else x for x in observation["low"]], np.float32)
-            high_D = np.array([np.inf if x is None else x for x in observation["high"]], np.float32)
-            if not (len(low_D) == len(high_D) == observation["shape"][0] <= MAX_OBSERVATION_SIZE):
-                raise ValueError(f"shape {observation['shape']} with {len(low_D)} and {len(high_D)} bounds")
-            return cls(low_D, high_D, int(action["n"]), int(action["start"]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise IntegrityError(f"spaces cannot be read: {error}") from error
+            observation, action = observations.from_json(value["observation"]), _read_action(value["action"])
+            _require_encodable(observation)
+            has_mask = value.get("has_mask", False) is True
+            if has_mask and not isinstance(action, Choices):
+                raise ValueError("real numbers cannot be masked")
+            return cls(observation, action, has_mask)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+            raise IntegrityError(f"spaces cannot be read: {type(error).__name__} {error}") from error
 
     @classmethod
-    def from_gymnasium(cls, observation_space: Any, action_space: Any) -> "Spaces":
-        """Read a Gymnasium environment's single spaces; raises `SpaceUnsupported` and names what is supported."""
-        kinds = type(observation_space).__name__, type(action_space).__name__
-        shape = getattr(observation_space, "shape", None)
-        if kinds[0] != "Box" or shape is None or len(shape) != 1 or not 0 < shape[0] <= MAX_OBSERVATION_SIZE:
-            raise SpaceUnsupported(
-                f"observation space {observation_space} is not supported: it must be a Box with one dimension of at most "
-                f"{MAX_OBSERVATION_SIZE} numbers; flatten it with gymnasium.wrappers.FlattenObservation"
-            )
-        if kinds[1] != "Discrete":
-            raise SpaceUnsupported(f"action space {action_space} is not supported: it must be Discrete")
-        low_D, high_D = observation_space.low.astype(np.float32), observation_space.high.astype(np.float32)
-        # CartPole spells "no bound" as the largest float32; to a caller that is an open bound, not a limit.
-        largest = np.finfo(np.float32).max
-        low_D = np.where(low_D <= -largest, -np.inf, low_D).astype(np.float32)
-        high_D = np.where(high_D >= largest, np.inf, high_D).astype(np.float32)
-        return cls(low_D, high_D, int(action_space.n), int(action_space.start))
+    def from_gymnasium(cls, observation_space: Any, action_space: Any, *, mask_in_info: bool = False) -> "Spaces":
+        """Read a Gymnasium environment's single spaces; raises `SpaceUnsupported` and names what is supported.
+
+        A Dict observation's key `action_mask` is the mask, not a feature.
+        """
+        parts = dict(observation_space.spaces) if type(observation_space).__name__ == "Dict" else {}
+        has_mask = mask_in_info or ACTION_MASK in parts
+        action = action_of(action_space)
+        if has_mask and not isinstance(action, Choices):
+            raise SpaceUnsupported(f"action space {action_space} cannot be masked: only Discrete and the Multi spaces can")
+        if ACTION_MASK in parts:
+            observation: Observation = _group({name: part for name, part in parts.items() if name != ACTION_MASK})
+        else:
+            observation = _observation_of(observation_space)
+        try:
+            _require_encodable(observation)
+        except ValueError as error:
+            raise SpaceUnsupported(f"observation space {observation_space} is not supported: {error}") from None
+        return cls(observation, action, has_mask)
+
+    def encode_batch(self, values: Any, batch_size: int) -> np.ndarray:
+        """Return what a vectorised environment observed as float32 [B, D]; raises ValueError when it does not fit."""
+        obs_BD = np.empty((batch_size, self.num_features), np.float32)
+        self.observation.encode_batch(values, obs_BD)
+        return obs_BD
 
     def check_observation(self, value: Any) -> np.ndarray:
         """Return a request's observation as float32 of shape [D]; raises `RequestInvalid` saying what was expected."""
-        expected = f"expected a list of {self.num_features} finite numbers"
-        if not isinstance(value, list):
-            raise RequestInvalid(f"observation is {type(value).__name__}; {expected}")
-        if len(value) != self.num_features:
-            raise RequestInvalid(f"observation has {len(value)} items; {expected}")
-        for index, (item, low, high) in enumerate(zip(value, self._lows, self._highs)):
-            if type(item) is not float and type(item) is not int:
-                raise RequestInvalid(f"observation[{index}] is {type(item).__name__}; {expected}")
-            if not low <= item <= high:  # NaN fails too
-                limits = f"[{self.low_D[index]:g}, {self.high_D[index]:g}]"
-                raise RequestInvalid(f"observation[{index}] = {item!s:.24} is outside {limits}; {expected} in range")
-        return np.array(value, np.float64).astype(np.float32)
+        return np.array(self.observation.encode_json(value, "observation"), np.float64).astype(np.float32)
+
+    def check_mask(self, value: Any) -> np.ndarray | None:
+        """Return a request's action mask as bool [A], or None where there are none; raises `RequestInvalid`."""
+        if not self.has_mask:
+            if value is not None:
+                raise RequestInvalid("action_mask is given, but this policy was trained without masks")
+            return None
+        expected = f"expected a list of {self.mask_size} of 0 and 1 (or false and true), one per choice"
+        while isinstance(value, list) and value and all(isinstance(row, list) for row in value):
+            value = [item for row in value for item in row]  # in the action's own shape, as an environment may have it
+        if not isinstance(value, list) or len(value) != self.mask_size:
+            raise RequestInvalid(f"action_mask is {'missing' if value is None else 'something else'}; {expected}")
+        if any(item not in (0, 1) or type(item) is float for item in value):
+            raise RequestInvalid(f"action_mask holds something else than 0 and 1; {expected}")
+        mask_A = np.array(value, bool)
+        if not allows_something(mask_A[None], self.action)[0]:
+            raise RequestInvalid("action_mask allows no choice at all in at least one component")
+        return mask_A
+
+    def example_request(self) -> dict[str, Any]:
+        """Return a body that `/v1/decide` takes."""
+        body = {"observation": self.observation.example()}
+        return {**body, "action_mask": [1] * self.mask_size} if self.has_mask else body
+
+    def split_mask(self, value: Any, mask: Any) -> tuple[Any, Any]:
+        """Return an observation without its key `action_mask`, and that mask, or else the one that was given beside it."""
+        if not (self.has_mask and isinstance(value, dict) and ACTION_MASK in value):
+            return value, mask
+        if mask is not None:
+            raise RequestInvalid("action_mask is given twice, in the observation and beside it; leave one of them away")
+        rest = {name: part for name, part in value.items() if name != ACTION_MASK}
+        return rest, value[ACTION_MASK]
 
 
-def _finite_or_none(value: np.float32) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def _without_bounds(value: Any) -> Any:
+    if isinstance(value, dict):
+        bounds = ("low", "high") if value.get("kind") == "box" else ()  # elsewhere these are names
+        return {key: _without_bounds(item) for key, item in value.items() if key not in bounds}
+    return [_without_bounds(item) for item in value] if isinstance(value, list) else value
+
+
+def allows_something(mask_BA: np.ndarray, action: Choices) -> np.ndarray:
+    """Say for each row whether every component has a choice that is allowed."""
+    starts = np.cumsum((0, *action.nvec[:-1]))
+    return np.logical_or.reduceat(mask_BA, starts, axis=1).all(axis=1)
+
+
+def _require_encodable(observation: Observation) -> None:
+    """Raise ValueError for an observation without features, or with so many that arrays of them do not fit in memory."""
+    if not 0 < observation.num_features <= MAX_FEATURES:
+        raise ValueError(f"{observation.num_features} features; at least 1 and at most {MAX_FEATURES}")
+
+
+def _read_action(value: dict[str, Any]) -> Action:
+    part = observations.from_json(value)
+    if isinstance(part, Group):
+        raise ValueError(f"kind {value['kind']!r} is no action space")
+    return _action_like(part)
+
+
+def _action_like(part: Box | Categories | Bits) -> Action:
+    """Return the action whose values are those of this observation; raises ValueError when it is too large."""
+    size = part.num_features
+    if not 0 < size <= MAX_ACTION_SIZE:
+        raise ValueError(f"an action of {size} choices or numbers; at least 1 and at most {MAX_ACTION_SIZE}")
+    if isinstance(part, Box):
+        return Numbers(part.low, part.high)
+    if isinstance(part, Bits):
+        return Choices("multi_binary", (2,) * size, (0,) * size, part.shape)
+    return Choices("multi_discrete" if part.shape else "discrete", part.nvec, part.starts, part.shape)
+
+
+def action_of(space: Any) -> Action:
+    """Read a Gymnasium action space; raises `SpaceUnsupported` and names what is supported."""
+    if type(space).__name__ not in ("Discrete", "MultiDiscrete", "MultiBinary", "Box"):
+        raise SpaceUnsupported(
+            f"action space {space} is not supported: it must be Discrete, MultiDiscrete, MultiBinary or Box; "
+            "turn others into one of these with a gymnasium.ActionWrapper"
+        )
+    part = _observation_of(space)
+    assert not isinstance(part, Group)
+    if isinstance(part, Box):
+        if not np.issubdtype(space.dtype, np.floating):
+            raise SpaceUnsupported(f"action space {space} is not supported: a Box of actions must hold floats")
+        part = _inside(part, space)
+    try:
+        return _action_like(part)
+    except ValueError as error:
+        raise SpaceUnsupported(f"action space {space} is not supported: {error}") from None
+
+
+def _inside(box: Box, space: Any) -> Box:
+    """Return the box with its bounds rounded inwards: 0.1 is less than the float32 nearest to it, which would be refused."""
+    is_below, is_above = np.isfinite(box.low) & (box.low < space.low), np.isfinite(box.high) & (box.high > space.high)
+    low = np.where(is_below, np.nextafter(box.low, np.float32(np.inf)), box.low)
+    return Box(low, np.where(is_above, np.nextafter(box.high, np.float32(-np.inf)), box.high))
+
+
+def _observation_of(space: Any) -> Observation:
+    kind = type(space).__name__
+    if kind == "Box":
+        return Box(*_open_bounds(space), str(space.dtype))
+    if kind == "Discrete":
+        return Categories((int(space.n),), (int(space.start),), ())
+    if kind == "MultiDiscrete":
+        nvec, starts = space.nvec.reshape(-1).tolist(), np.broadcast_to(space.start, space.nvec.shape).reshape(-1).tolist()
+        return Categories(tuple(nvec), tuple(starts), tuple(space.nvec.shape))
+    if kind == "MultiBinary":
+        return Bits(tuple(space.shape))
+    if kind == "Tuple":
+        return Group(tuple(_observation_of(part) for part in space.spaces), None)
+    if kind == "Dict":
+        return _group(dict(space.spaces))
+    raise SpaceUnsupported(
+        f"observation space {space} is not supported: it must be made of Box, Discrete, MultiDiscrete, MultiBinary, Tuple and "
+        "Dict; turn others into one of these with a gymnasium.ObservationWrapper"
+    )
+
+
+def _group(parts: dict[str, Any]) -> Group:
+    names = tuple(sorted(parts))
+    if not all(isinstance(name, str) for name in names):
+        raise SpaceUnsupported(f"observation keys {names} are not all strings")
+    return Group(tuple(_observation_of(parts[name]) for name in names), names)
+
+
+def _open_bounds(space: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 bounds. CartPole spells "no bound" as the largest float32; to a caller that is an open one, not a limit."""
+    with np.errstate(over="ignore"):
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    low = np.where(low <= -LARGEST_FLOAT32, -np.inf, low).astype(np.float32)
+    return low, np.where(high >= LARGEST_FLOAT32, np.inf, high).astype(np.float32)

@@ -30,6 +30,9 @@ class Storage:
     def run(self, run_id: str) -> Path:
         return self.runs / run_id
 
+    def tuning(self, search_id: str) -> Path:
+        return self.root / "tuning" / search_id
+
     def registry(self, policy: str) -> Path:
         return self.root / "registry" / policy
 

@@ -5,12 +5,12 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from policies.distributions import seed_of
 from policies.errors import ServiceUnavailable
-from policies.policy import choose, propensity_of, seed_of
 from policies.records import Decision
 from policies.traffic import Arm, assign
 from serve_app.asgi import Request
@@ -31,17 +31,18 @@ class Ask(NamedTuple):
     decision_id: str
     unit_id: str
     episode_id: str | None
-    observation: list[float]
+    observation: Any
     obs_D: np.ndarray
+    mask_A: np.ndarray | None
     started_s: float
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What one version says of a batch: probabilities [B, A], and for each row whether they can be used."""
+    """What one version says of a batch: a distribution per row [B, P], and for each whether it can be used."""
 
     variant: Variant
-    probabilities_BA: np.ndarray
+    parameters_BP: np.ndarray
     is_usable_B: list[bool]
     failure: str
 
@@ -76,13 +77,16 @@ class Ingress:
         started_s = time.perf_counter()
         self._key.check(request.header(b"authorization"))  # before a byte of the body is read
         body = decide_decoder.decode(await request.body(self._max_body_bytes))
+        spaces = self._snapshot().champion.policy.spaces
+        observation, mask = spaces.split_mask(body.observation, body.action_mask)
         request_id = body.request_id or secrets.token_hex(12)
         ask = Ask(
             decision_id=self._decision_ids.name(request_id),
             unit_id=body.unit_id or body.episode_id or request_id,  # an episode without a unit keeps its arm too
             episode_id=body.episode_id,
-            observation=body.observation,
-            obs_D=self._snapshot().champion.policy.spaces.check_observation(body.observation),
+            observation=observation,
+            obs_D=spaces.check_observation(observation),
+            mask_A=spaces.check_mask(mask),
             started_s=started_s,
         )
         return encode(await self.batcher.submit(ask))
@@ -109,7 +113,7 @@ class Ingress:
             return ServiceUnavailable(f"no version can answer this observation: {distributions[arm.version].failure}")
         variant = answering.variant
         seed = seed_of(ask.decision_id)
-        index, propensity = choose(answering.probabilities_BA[row], variant.mode, seed)
+        action, propensity = variant.policy.distribution.choose(answering.parameters_BP[row], variant.mode, seed)
         return Decision(
             decision_id=ask.decision_id,
             time_s=self._wall_clock(),
@@ -121,13 +125,14 @@ class Ingress:
             version=variant.version,
             digest=variant.digest,
             observation=ask.observation,
-            action=index + variant.policy.spaces.action_start,
+            action=action,
             mode=variant.mode,
             seed=seed,
             propensity=propensity,
-            mixture_propensity=_mixture_propensity(index, row, snapshot, effective),
+            mixture_propensity=_mixture_propensity(action, row, snapshot, effective),
             fallback=None if variant.version == arm.version else distributions[arm.version].failure,
             latency_s=time.perf_counter() - ask.started_s,
+            action_mask=None if ask.mask_A is None else ask.mask_A.tolist(),
         )
 
     def _write_down(self, decisions: list[Decision]) -> None:
@@ -161,18 +166,19 @@ class Ingress:
 def _distributions(snapshot: Snapshot, asks: list[Ask]) -> dict[int, Distribution]:
     """Ask every version of the plan about every row: the mixture needs them all, and a fallback has its answer at hand."""
     obs_BD = np.stack([ask.obs_D for ask in asks])
-    return {version: _distribution(variant, obs_BD) for version, variant in snapshot.variants.items()}
+    mask_BA = np.stack([ask.mask_A for ask in asks]) if snapshot.champion.policy.spaces.has_mask else None
+    return {version: _distribution(variant, obs_BD, mask_BA) for version, variant in snapshot.variants.items()}
 
 
-def _distribution(variant: Variant, obs_BD: np.ndarray) -> Distribution:
+def _distribution(variant: Variant, obs_BD: np.ndarray, mask_BA: np.ndarray | None) -> Distribution:
     try:
-        probabilities_BA = variant.probabilities(obs_BD)
+        parameters_BP = variant.distributions(obs_BD, mask_BA)
     except Exception as error:  # a version's failure is not the request's: the champion answers instead
         logger.exception("event=version_failed version=%d", variant.version)
         nothing = np.empty((len(obs_BD), 0))
         return Distribution(variant, nothing, [False] * len(obs_BD), f"version {variant.version} raised {error!r}")
-    is_usable_B = np.isfinite(probabilities_BA).all(axis=1).tolist()
-    return Distribution(variant, probabilities_BA, is_usable_B, f"version {variant.version} gave NaN")
+    is_usable_B = np.isfinite(parameters_BP).all(axis=1).tolist()
+    return Distribution(variant, parameters_BP, is_usable_B, f"version {variant.version} gave NaN")
 
 
 def _effective(distributions: dict[int, Distribution], arm: Arm, snapshot: Snapshot, row: int) -> Distribution | None:
@@ -183,14 +189,16 @@ def _effective(distributions: dict[int, Distribution], arm: Arm, snapshot: Snaps
     return None
 
 
-def _mixture_propensity(index: int, row: int, snapshot: Snapshot, effective: dict[int, Distribution | None]) -> float:
+def _mixture_propensity(action: Any, row: int, snapshot: Snapshot, effective: dict[int, Distribution | None]) -> float:
     """Return the probability of the action before the unit's arm was known: the sum over arms of weight times propensity.
 
-    An arm that could not have answered this row sends no action, so it adds nothing.
+    An arm that could not have answered this row sends no action, so it adds nothing. Of real-valued actions the terms are
+    densities; a greedy arm beside a sampling one adds its point mass only to exactly its own action.
     """
     total = 0.0
     for arm in snapshot.plan.arms:
-        distribution = effective[arm.version]
-        if distribution is not None:
-            total += arm.weight * propensity_of(index, distribution.probabilities_BA[row], distribution.variant.mode)
+        answering = effective[arm.version]
+        if answering is not None:
+            variant = answering.variant
+            total += arm.weight * variant.policy.distribution.propensity(action, answering.parameters_BP[row], variant.mode)
     return total

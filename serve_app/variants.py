@@ -8,8 +8,9 @@ from types import MappingProxyType
 
 import numpy as np
 
+from policies.distributions import Mode
 from policies.errors import IntegrityError, TrimtabError
-from policies.policy import Mode, Policy
+from policies.policy import Policy
 from policies.registry import Registry, RegistryState
 from policies.spaces import Spaces
 from policies.traffic import Arm, TrafficPlan
@@ -29,9 +30,9 @@ class Variant:
     policy: Policy
     mode: Mode
 
-    def probabilities(self, obs_BD: np.ndarray) -> np.ndarray:
-        """Return action probabilities [B, A] for float32 observations [B, D]."""
-        return self.policy.probabilities(obs_BD)
+    def distributions(self, obs_BD: np.ndarray, mask_BA: np.ndarray | None) -> np.ndarray:
+        """Return a distribution over actions per row [B, P] for float32 observations [B, D]."""
+        return self.policy.distributions(obs_BD, mask_BA)
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ class VariantStore:
         if self.snapshot is None:
             return
         champion = self.snapshot.champion
-        theirs, ours = _interface(spaces), _interface(champion.policy.spaces)
+        theirs, ours = spaces.interface(), champion.policy.spaces.interface()
         if theirs != ours:
             raise IntegrityError(
-                f"version {version} takes (features, actions, first action) {theirs}, version {champion.version} {ours}; "
+                f"version {version} takes and gives {theirs}, version {champion.version} {ours}; "
                 "publish it under another policy name"
             )
 
@@ -154,10 +155,6 @@ def _wanted(state: RegistryState) -> list[int]:
     assert state.plan is not None
     versions = [state.champion, *(arm.version for arm in state.plan.arms), state.previous_champion]
     return list(dict.fromkeys(version for version in versions if version is not None))
-
-
-def _interface(spaces: Spaces) -> tuple[int, int, int]:
-    return spaces.num_features, spaces.num_actions, spaces.action_start
 
 
 def _what_loaded(plan: TrafficPlan, loaded: dict[int, Variant]) -> TrafficPlan:

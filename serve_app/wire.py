@@ -1,6 +1,6 @@
 """Which bodies a client may send, and what it gets back."""
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -15,19 +15,20 @@ Name = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class DecideRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /v1/decide."""
+    """Body of POST /v1/decide. The policy's spaces say what an observation is; the ingress checks it."""
 
-    observation: list[float]
+    observation: Any
+    action_mask: list[bool | int] | None = None
     unit_id: Name | None = None
     episode_id: Name | None = None
     request_id: RequestId | None = None
 
 
 class DecideAnswer(msgspec.Struct):
-    """Answer of POST /v1/decide. `propensity` is the probability of the action under the arm that answered."""
+    """Answer of POST /v1/decide. `propensity` is the probability (or density) of the action under the arm that answered."""
 
     decision_id: str
-    action: int
+    action: Any
     policy: str
     version: int
     arm: str
@@ -64,7 +65,8 @@ class BodyDecoder:
 
 decide_decoder = BodyDecoder(
     DecideRequest,
-    '{"observation": [numbers], "unit_id"?: text, "episode_id"?: text, "request_id"?: 1-64 of A-Z a-z 0-9 _ -} and no other key',
+    '{"observation": what the policy takes, "action_mask"?: [0 or 1], "unit_id"?: text, "episode_id"?: text, '
+    '"request_id"?: 1-64 of A-Z a-z 0-9 _ -} and no other key',
 )
 feedback_decoder = BodyDecoder(
     FeedbackRequest | Annotated[list[FeedbackRequest], Meta(min_length=1, max_length=MAX_FEEDBACKS)],

@@ -1,6 +1,8 @@
 """The real `trimtab` command for tests, in a process of its own."""
 
 import json
+import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -11,6 +13,10 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 TRIMTAB = [sys.executable, "-m", "trimtab"]
+SERVING = ("haproxy", "raylet", "gcs_server")
+# Whatever these tests start inherits this, so that clusters of somebody else on the machine are not taken for ours.
+MARK = "TRIMTAB_STARTED_BY_TEST"
+os.environ[MARK] = f"{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def run_trimtab(*arguments: str, storage: Path | None = None, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
@@ -33,10 +39,10 @@ def free_port() -> int:
 
 
 def serving_processes() -> set[int]:
-    """Return the processes of Ray and of HAProxy that run on this machine; one that only waits to be reaped does not run."""
+    """Return the processes of Ray and of HAProxy that these tests started; one that only waits to be reaped does not run."""
     found = set()
-    for process in psutil.process_iter(["name", "status"]):
-        name = process.info["name"] or ""
-        if any(part in name for part in ("haproxy", "raylet", "gcs_server")) and process.info["status"] != psutil.STATUS_ZOMBIE:
+    for process in psutil.process_iter(["name", "status", "environ"]):
+        name, is_ours = process.info["name"] or "", (process.info["environ"] or {}).get(MARK) == os.environ[MARK]
+        if is_ours and any(part in name for part in SERVING) and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.add(process.pid)
     return found

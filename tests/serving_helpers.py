@@ -9,25 +9,28 @@ from typing import Any
 import numpy as np
 
 from policies.bundle import Golden, write_bundle
-from policies.policy import Architecture, Mode, Policy, tensor_shapes
+from policies.distributions import Mode
+from policies.network import Architecture, tensor_shapes
+from policies.policy import Policy
 from policies.records import LogTail
 from policies.registry import Registry, register_version, set_champion, start_release
-from policies.spaces import Spaces
 from policies.storage import Storage
 from policies.traffic import TrafficPlan
 from serve_app.http_api import HttpApi
 from serve_app.variants import Snapshot, Variant
-from tests.bundles import make_report
+from tests.bundles import make_report, vector_spaces
 
 NAME = "demo"
 
 
-def random_policy(seed: int, *, num_features: int = 4, num_actions: int = 2, hidden: tuple[int, ...] = (64, 64)) -> Policy:
+def random_policy(
+    seed: int, *, num_features: int = 4, num_actions: int = 2, start: int = 0, hidden: tuple[int, ...] = (64, 64)
+) -> Policy:
     """Return a policy with random weights: two seeds are two policies, and its probabilities are far from 0 and 1."""
     rng = np.random.default_rng(seed)
     bound_D = np.full(num_features, np.inf, np.float32)
     bound_D[0] = 4.8  # one closed bound, as CartPole's position has
-    spaces, architecture = Spaces(-bound_D, bound_D, num_actions), Architecture(hidden)
+    spaces, architecture = vector_spaces(num_features, num_actions, start=start, bound_D=bound_D), Architecture(hidden)
     shapes = tensor_shapes(architecture, spaces)
     tensors = {name: (rng.normal(size=shape) / np.sqrt(shape[0])).astype(np.float32) for name, shape in shapes.items()}
     tensors["normaliser.mean"] = np.zeros(num_features, np.float32)
@@ -47,13 +50,21 @@ def golden_of(policy: Policy) -> Golden:
     return Golden(obs_ND, e_NA / e_NA.sum(axis=1, keepdims=True))
 
 
-def publish(storage: Storage, policy: Policy, *, mode: Mode = "sample", name: str = NAME, now: float = 1000.0) -> int:
+def publish(
+    storage: Storage,
+    policy: Policy,
+    *,
+    golden: Golden | None = None,
+    mode: Mode = "sample",
+    name: str = NAME,
+    now: float = 1000.0,
+) -> int:
     """Register a policy with a passing gate report and return its version; the first one becomes champion."""
     registry = Registry(storage.registry(name))
     bundle = write_bundle(
         registry.bundles,
         policy=policy,
-        golden=golden_of(policy),
+        golden=golden or golden_of(policy),
         gate_report=make_report(policy),
         mode=mode,
         origin={},

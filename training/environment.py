@@ -1,71 +1,112 @@
-"""How an environment is made and stepped: vectorised, checked, and with one meaning of "the episode ended"."""
+"""How an environment is made and stepped: vectorised, checked, and with one meaning of "the episode ended".
 
+B environment, D feature, A choices of an action mask, F environments whose final observation came beside the next one.
+"""
+
+import contextlib
 import difflib
+import importlib
+import re
+import time
 import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import concatenate, create_empty_array
 
 from policies.errors import ConfigError, EnvironmentFailed
-from policies.spaces import Spaces
+from policies.spaces import ACTION_MASK, Choices, Spaces, action_of, allows_something
 from training.config import EnvironmentConfig
+
+CLOSE_TIMEOUT_S = 5.0  # for an environment in a process of its own to give back what it holds, before that is killed
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call of `env.step` did in all environments.
+
+    `valid_B` is False where it only reset (autoreset mode NEXT_STEP): no reward, nothing ended, nothing to learn from. In mode
+    SAME_STEP the next episode's first observation has taken the place of the final one, which is then in `final_obs_FD`, with
+    the environments they belong to in `final_F`.
+    """
+
+    valid_B: np.ndarray
+    rewards_B: np.ndarray
+    terminateds_B: np.ndarray
+    truncateds_B: np.ndarray
+    final_F: np.ndarray
+    final_obs_FD: np.ndarray
 
 
 class VectorEnvironment:
-    """`num_envs` environments stepped together, always with Gymnasium's NEXT_STEP autoreset.
+    """`num_envs` environments stepped together. `obs_BD` and `mask_BA` (None without masks) are what a policy has to look at.
 
-    The step after an episode's end ignores its action and returns the first observation of the next episode. So the
-    observation that belongs to `truncated` is the real final one, and the caller masks the step that follows.
-
-    Raises `ConfigError`, `SpaceUnsupported` or `EnvironmentFailed`.
+    This is the one place where environments are stepped, for collecting and for evaluation alike. Gymnasium's modes NEXT_STEP
+    and SAME_STEP are both understood. Raises `ConfigError`, `SpaceUnsupported` or `EnvironmentFailed`.
     """
 
-    def __init__(self, config: EnvironmentConfig, num_envs: int) -> None:
+    def __init__(self, config: EnvironmentConfig, num_envs: int, *, seed: int) -> None:
         self.config = config
         self.num_envs = num_envs
         self._env = _make(config, num_envs)
-        self.spaces = Spaces.from_gymnasium(self._env.single_observation_space, self._env.single_action_space)
-
-    def reset(self, seed: int) -> np.ndarray:
-        """Start new episodes everywhere and return float32 observations [B, D]."""
         try:
-            observations, _ = self._env.reset(seed=seed)
-        except Exception as error:
-            raise self._failed("reset", error) from error
-        return self._checked_observations(observations)
+            self._begin(seed)
+        except BaseException:
+            self.close()
+            raise
 
-    def step(self, actions_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Send action indices (0 is the first action) and return obs [B, D], rewards, terminateds, truncateds [B]."""
+    def _begin(self, seed: int) -> None:
+        """Reset, and see what the environment is like."""
+        num_envs = self.num_envs
         try:
-            observations, rewards, terminateds, truncateds, _ = self._env.step(actions_B + self.spaces.action_start)
+            observations, infos = self._env.reset(seed=seed)
         except Exception as error:
-            raise self._failed("step", error) from error
-        rewards_B = self._checked_rewards(rewards)
-        return self._checked_observations(observations), rewards_B, np.asarray(terminateds, bool), np.asarray(truncateds, bool)
+            raise _failed(self.config, "reset", error) from error
+        self.spaces = Spaces.from_gymnasium(
+            self._env.single_observation_space, self._env.single_action_space, mask_in_info=ACTION_MASK in infos
+        )
+        self._mask_is_observed = isinstance(observations, dict) and ACTION_MASK in observations
+        self._resets_in_same_step = self._env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+        self._ended_B = np.zeros(num_envs, bool)
+        self._nothing_final = np.empty(0, np.int64), np.empty((0, self.spaces.num_features), np.float32)
+        self.obs_BD = self._encode(observations, num_envs)
+        self.mask_BA = self._mask(observations, infos)
+
+    def step(self, actions: np.ndarray) -> Step:
+        """Send the environment's own actions (batched as its spaces say), move on, and say what happened."""
+        try:
+            observations, rewards, terminateds, truncateds, infos = self._env.step(actions)
+        except Exception as error:
+            raise _failed(self.config, "step", error) from error
+        valid_B = np.ones(self.num_envs, bool) if self._resets_in_same_step else ~self._ended_B
+        # Copies: an environment may write its next step into the same arrays, and a fragment keeps them all.
+        terminateds_B, truncateds_B = np.array(terminateds, bool), np.array(truncateds, bool)
+        self._ended_B = terminateds_B | truncateds_B
+        self.obs_BD = self._encode(observations, self.num_envs)
+        self.mask_BA = self._mask(observations, infos)
+        final = self._nothing_final
+        if self._resets_in_same_step and self._ended_B.any():
+            final = self._final_observations(infos, np.flatnonzero(self._ended_B))
+        return Step(valid_B, self._checked_rewards(rewards), terminateds_B, truncateds_B, *final)
 
     def close(self) -> None:
-        self._env.close()
-
-    def _failed(self, method: str, error: Exception) -> EnvironmentFailed:
-        return EnvironmentFailed(
-            f"environment {self.config.id!r} raised {type(error).__name__} in {method}: {error}\nIts traceback:\n"
-            + "".join(traceback.format_exception(error))
-        )
-
-    def _checked_observations(self, observations: Any) -> np.ndarray:
         try:
-            obs_BD = np.asarray(observations, np.float32)
-        except (TypeError, ValueError) as error:
+            self._env.close()
+        except Exception as error:
+            raise _failed(self.config, "close", error) from error
+
+    def _encode(self, observations: Any, batch_size: int) -> np.ndarray:
+        try:
+            obs_BD = self.spaces.encode_batch(observations, batch_size)
+        except (TypeError, ValueError, KeyError, IndexError) as error:
             raise EnvironmentFailed(
-                f"environment {self.config.id!r} returned an observation that is no array of numbers: {error}"
+                f"environment {self.config.id!r} returned an observation that does not fit its space: {error}"
             ) from error
-        if obs_BD.shape != (self.num_envs, self.spaces.num_features):
-            raise EnvironmentFailed(
-                f"environment {self.config.id!r} returned observations of shape {obs_BD.shape}, "
-                f"its observation space says {(self.num_envs, self.spaces.num_features)}"
-            )
         if not np.isfinite(obs_BD).all():
             slot, feature = np.argwhere(~np.isfinite(obs_BD))[0]
             raise EnvironmentFailed(
@@ -74,8 +115,61 @@ class VectorEnvironment:
             )
         return obs_BD
 
+    def _mask(self, observations: Any, infos: dict[str, Any]) -> np.ndarray | None:
+        """Return which choices exist, bool [B, A]; everything is allowed where an episode is over: that action is ignored."""
+        if not self.spaces.has_mask:
+            if ACTION_MASK in infos:
+                raise EnvironmentFailed(
+                    f"environment {self.config.id!r} gave {ACTION_MASK} in `info` of a step, but not when it was reset; "
+                    "without it the first action of an episode may be one that does not exist"
+                )
+            return None
+        assert isinstance(self.spaces.action, Choices)
+        mask_BA, is_given_B = self._given_mask(observations, infos)
+        is_ignored_B = self._ended_B & (not self._resets_in_same_step)
+        if not (is_given_B | is_ignored_B).all():
+            raise EnvironmentFailed(f"environment {self.config.id!r} gave {ACTION_MASK} in `info` before, but not in this step")
+        nothing_B = ~allows_something(mask_BA, self.spaces.action)
+        if (nothing_B & ~is_ignored_B).any():
+            raise EnvironmentFailed(
+                f"environment {self.config.id!r} gave an {ACTION_MASK} that allows nothing, in environment "
+                f"{np.flatnonzero(nothing_B & ~is_ignored_B)[0]}; end the episode instead"
+            )
+        mask_BA[nothing_B] = True
+        return mask_BA
+
+    def _given_mask(self, observations: Any, infos: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Return masks [B, A] and for which environments there are any [B]: in `info` each may have one or not."""
+        if not self._mask_is_observed and ACTION_MASK not in infos:
+            return np.zeros((self.num_envs, self.spaces.mask_size), bool), np.zeros(self.num_envs, bool)
+        mask = observations[ACTION_MASK] if self._mask_is_observed else infos[ACTION_MASK]
+        is_given_B = np.ones(self.num_envs, bool)
+        if not self._mask_is_observed:
+            is_given_B = infos.get(f"_{ACTION_MASK}", is_given_B)
+        mask_BA = np.array(mask).astype(bool).reshape(self.num_envs, -1)
+        if mask_BA.shape[1] != self.spaces.mask_size:
+            raise EnvironmentFailed(
+                f"environment {self.config.id!r} gave an {ACTION_MASK} of {mask_BA.shape[1]} choices, its action space has "
+                f"{self.spaces.mask_size}"
+            )
+        return mask_BA, is_given_B
+
+    def _final_observations(self, infos: dict[str, Any], ended_F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the episodes that ended saw last: SAME_STEP keeps it in `infos`."""
+        finals = infos.get("final_obs")
+        if finals is None:
+            raise EnvironmentFailed(
+                f"environment {self.config.id!r} resets in the same step but has no `final_obs` in its infos; without it a "
+                "truncated episode's last value is unknown"
+            )
+        if isinstance(finals, dict):  # Gymnasium batches dictionaries key by key
+            return ended_F, self._encode(_rows(finals, ended_F), len(ended_F))
+        space = self._env.single_observation_space
+        batch = concatenate(space, [finals[index] for index in ended_F], create_empty_array(space, len(ended_F)))
+        return ended_F, self._encode(batch, len(ended_F))
+
     def _checked_rewards(self, rewards: Any) -> np.ndarray:
-        rewards_B = np.asarray(rewards, np.float32)
+        rewards_B = np.array(rewards, np.float32)
         if rewards_B.shape != (self.num_envs,) or not np.isfinite(rewards_B).all():
             raise EnvironmentFailed(
                 f"environment {self.config.id!r} returned rewards {rewards_B}; expected {self.num_envs} finite numbers"
@@ -83,20 +177,127 @@ class VectorEnvironment:
         return rewards_B
 
 
+def _failed(config: EnvironmentConfig, method: str, error: Exception) -> EnvironmentFailed:
+    """Say what an environment's own code did; what a process of its own said already stays as it is."""
+    if isinstance(error, EnvironmentFailed):
+        return EnvironmentFailed(str(error))
+    if isinstance(error, EOFError):
+        return EnvironmentFailed(f"a process of environment {config.id!r} ended in {method}, without an error of Python's")
+    return EnvironmentFailed(
+        f"environment {config.id!r} raised {type(error).__name__} in {method}: {error}\nIts traceback:\n"
+        + "".join(traceback.format_exception(error))
+    )
+
+
+class _TellsWhere(gymnasium.Wrapper):
+    """Tells an error with its traceback: of any other one that happens in another process only the message comes back."""
+
+    def __init__(self, env: gymnasium.Env, config: EnvironmentConfig) -> None:
+        super().__init__(env)
+        self._config = config
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        try:
+            return self.env.reset(seed=seed, options=options)
+        except Exception as error:
+            raise _failed(self._config, "reset", error) from error
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        try:
+            return self.env.step(action)
+        except Exception as error:
+            raise _failed(self._config, "step", error) from error
+
+
+class _ProcessVectorEnv(AsyncVectorEnv):
+    """Gymnasium's, but it can be closed whatever became of its processes: some may be gone, some may hang."""
+
+    def close_extras(self, **_: Any) -> None:
+        for pipe in self.parent_pipes:
+            with contextlib.suppress(OSError, AttributeError):  # broken, or None where the process has told an error
+                pipe.send(("close", None))
+        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
+        for process in self.processes:
+            process.join(max(0.0, deadline_s - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
 def read_spaces(config: EnvironmentConfig) -> Spaces:
     """Return what an environment's policies take and give, by making it once."""
-    environment = VectorEnvironment(config, 1)
+    environment = VectorEnvironment(config, 1, seed=0)
     environment.close()
     return environment.spaces
 
 
-def _make(config: EnvironmentConfig, num_envs: int) -> VectorEnv:
+def check_environment(config: EnvironmentConfig) -> None:
+    """Raise `ConfigError` with the message and the name of the rule when Gymnasium's own checker refuses the environment."""
+    from gymnasium.utils.env_checker import check_env
+
+    env = make_single(config)
     try:
-        env = _make_vector(config, num_envs, None)
-        if env.metadata.get("autoreset_mode") is AutoresetMode.NEXT_STEP:
-            return env
-        env.close()  # its own vectorisation ends episodes in another way; single environments in lockstep end them ours
-        return _make_vector(config, num_envs, "sync")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it only advises is not a reason to refuse
+            check_env(_as_checked(env), skip_render_check=True, skip_close_check=True)
+    except Exception as error:
+        raise ConfigError(
+            f"environment {config.id!r} breaks a rule of Gymnasium's checker, {_rule(error)}: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        env.close()
+
+
+def _as_checked(env: gymnasium.Env) -> gymnasium.Env:
+    """Return an environment without the wrappers of `gymnasium.make`: a time limit of one step is no fault of its own."""
+    while type(env) in (gymnasium.wrappers.TimeLimit, gymnasium.wrappers.OrderEnforcing):
+        env = env.env  # type: ignore[attr-defined]
+    try:
+        observation, info = env.reset(seed=0)
+    except Exception:
+        return env  # the checker resets it too, and names the rule
+    return _KeepsToMasks(env) if _mask_in(observation, info) is not None else env
+
+
+class _KeepsToMasks(gymnasium.Wrapper):
+    """Takes the first choices that exist, whatever it is told: the checker draws from the whole space."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._mask = _mask_in(observation, info)
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        choices = action_of(self.action_space)
+        if self._mask is not None and isinstance(choices, Choices):
+            parts = np.split(np.reshape(self._mask, -1), np.cumsum(choices.nvec)[:-1])
+            action = choices.to_environment(np.array([[part.argmax() for part in parts]]))[0]
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._mask = _mask_in(observation, info)
+        return observation, reward, terminated, truncated, info
+
+
+def _mask_in(observation: Any, info: Any) -> Any:
+    if isinstance(observation, dict) and ACTION_MASK in observation:
+        return observation[ACTION_MASK]
+    return info.get(ACTION_MASK) if isinstance(info, dict) else None
+
+
+def make_single(config: EnvironmentConfig) -> gymnasium.Env:
+    """Make one environment that is not vectorised; raises what `VectorEnvironment` raises."""
+    return _explained(config, lambda: _factory(config)())
+
+
+def _make(config: EnvironmentConfig, num_envs: int) -> VectorEnv:
+    return _explained(config, lambda: _make_vector(config, num_envs))
+
+
+def _explained(config: EnvironmentConfig, make: Callable[[], Any]) -> Any:
+    """Call `make` and say in our errors what went wrong in it."""
+    try:
+        return make()
+    except ConfigError:
+        raise
     except gymnasium.error.UnregisteredEnv as error:
         raise ConfigError(_unknown_id(config.id)) from error
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
@@ -110,14 +311,74 @@ def _make(config: EnvironmentConfig, num_envs: int) -> VectorEnv:
         ) from error
 
 
-def _make_vector(config: EnvironmentConfig, num_envs: int, vectorization_mode: str | None) -> VectorEnv:
-    kwargs = dict(config.kwargs)
-    if config.max_episode_steps is not None:
-        kwargs["max_episode_steps"] = config.max_episode_steps
-    return gymnasium.make_vec(config.id, num_envs=num_envs, vectorization_mode=vectorization_mode, **kwargs)
+def _make_vector(config: EnvironmentConfig, num_envs: int) -> VectorEnv:
+    if config.vectorization == "async":
+        make = _factory(config)
+        return _ProcessVectorEnv([lambda: _TellsWhere(make(), config)] * num_envs, copy=False)
+    if config.vectorization == "auto" and _has_vector_entry_point(config):
+        env = gymnasium.make_vec(config.id, num_envs=num_envs, **_kwargs(config))
+        if env.metadata.get("autoreset_mode") in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+            return env
+        env.close()  # it ends episodes in no way we know; single environments in lockstep end them in ours
+    return SyncVectorEnv([_factory(config)] * num_envs, copy=False)
+
+
+def _has_vector_entry_point(config: EnvironmentConfig) -> bool:
+    registered_id = config.id.rpartition(":")[2]  # `_named_factory` has imported the module that registers it
+    return _named_factory(config) is None and gymnasium.spec(registered_id).vector_entry_point is not None
+
+
+def _factory(config: EnvironmentConfig) -> Callable[[], gymnasium.Env]:
+    """Return what makes one environment: the function that the id names, or Gymnasium's `make`."""
+    factory = _named_factory(config)
+    if factory is None:
+        # The passive checker costs as much as CartPole itself; `check_environment` has looked once and for all.
+        return lambda: gymnasium.make(config.id, disable_env_checker=True, **_kwargs(config))
+
+    def make() -> gymnasium.Env:
+        env = factory(**config.kwargs)
+        if not isinstance(env, gymnasium.Env):
+            raise ConfigError(f"environment {config.id!r} returned {type(env).__name__}, not a gymnasium.Env")
+        limit = config.max_episode_steps
+        return env if limit is None else gymnasium.wrappers.TimeLimit(env, limit)
+
+    return make
+
+
+def _named_factory(config: EnvironmentConfig) -> Callable[..., Any] | None:
+    """Return the function or class that `module:name` names, or None when the id is one of Gymnasium's registry."""
+    module_name, separator, name = config.id.partition(":")
+    if not separator:
+        return None
+    module = importlib.import_module(module_name)
+    factory = getattr(module, name, None)
+    if factory is None and not re.search(r"-v\d+$", name):
+        raise ConfigError(f"environment {config.id!r}: module {module_name} has no function {name!r}{_close(name, vars(module))}")
+    return factory
+
+
+def _kwargs(config: EnvironmentConfig) -> dict[str, Any]:
+    limit = config.max_episode_steps
+    return config.kwargs if limit is None else {**config.kwargs, "max_episode_steps": limit}
+
+
+def _rows(tree: Any, index_F: np.ndarray) -> Any:
+    return {key: _rows(value, index_F) for key, value in tree.items()} if isinstance(tree, dict) else tree[index_F]
+
+
+def _rule(error: BaseException) -> str:
+    """Return the name of the checker's innermost function: of Gymnasium's own ones, not of the environment's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    names = [frame.name for frame in frames if frame.filename.endswith("env_checker.py")]
+    return names[-1] if names else "check_env"
 
 
 def _unknown_id(env_id: str) -> str:
-    close = difflib.get_close_matches(env_id, gymnasium.registry.keys(), n=3, cutoff=0.5)
-    hint = f"; did you mean {', '.join(close)}?" if close else ""
-    return f"environment {env_id!r} is not registered with Gymnasium{hint} An id of your own is written module:Id-v0"
+    hint = _close(env_id, gymnasium.registry)
+    own = "An id of your own is written module:Id-v0 or module:factory"
+    return f"environment {env_id!r} is not registered with Gymnasium{hint}. {own}"
+
+
+def _close(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}" if close else ""

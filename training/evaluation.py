@@ -1,17 +1,17 @@
 """How good a policy is: run it for a number of episodes and keep one row per episode.
 
-E episode, N step of any episode, B environment, D feature.
+E episode, N step of any episode, B environment, D feature, A choices of an action mask.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from policies.distributions import Mode
 from policies.errors import EnvironmentFailed
-from policies.policy import Mode, Policy
+from policies.policy import Policy
 from training.config import EnvironmentConfig
 from training.environment import VectorEnvironment
-from training.rollout import Stepper
 from training.seeds import Stream, derived_seed, generator
 
 CHUNK_EPISODES = 64  # episodes that run side by side; part of what a seed means, so it is no option
@@ -25,7 +25,8 @@ class Evaluation:
     returns_E: np.ndarray  # float64
     lengths_E: np.ndarray  # int64
     obs_ND: np.ndarray | None  # float32, what the environment showed, without added noise
-    actions_N: np.ndarray | None  # int64, index of the action
+    actions_N: np.ndarray | None  # [N, …], the environment's own actions
+    masks_NA: np.ndarray | None  # bool, where the environment gives action masks
     episode_N: np.ndarray | None  # int64, row of the episode
 
     @property
@@ -79,7 +80,8 @@ def evaluate_chunk(
     keep_steps: bool,
 ) -> Evaluation:
     """Run one episode in each of the chunk's environments; episode numbers start at 0 within the chunk."""
-    vector_environment = VectorEnvironment(environment, chunk.num_episodes)
+    environment_seed = derived_seed(seed, Stream.EVALUATION_ENVIRONMENT, chunk.index)
+    vector_environment = VectorEnvironment(environment, chunk.num_episodes, seed=environment_seed)
     try:
         return _run_chunk(vector_environment, policy, chunk, seed, mode, noise_std_D, keep_steps)
     finally:
@@ -93,10 +95,16 @@ def join(chunks: list[Evaluation]) -> Evaluation:
     return Evaluation(
         returns_E=np.concatenate([chunk.returns_E for chunk in chunks]),
         lengths_E=np.concatenate([chunk.lengths_E for chunk in chunks]),
-        obs_ND=np.concatenate([chunk.obs_ND for chunk in chunks]) if episodes else None,
-        actions_N=np.concatenate([chunk.actions_N for chunk in chunks]) if episodes else None,
+        obs_ND=_joined([chunk.obs_ND for chunk in chunks]),
+        actions_N=_joined([chunk.actions_N for chunk in chunks]),
+        masks_NA=_joined([chunk.masks_NA for chunk in chunks]),
         episode_N=np.concatenate(episodes) if episodes else None,
     )
+
+
+def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if present else None
 
 
 def _run_chunk(
@@ -108,38 +116,29 @@ def _run_chunk(
     noise_std_D: np.ndarray | None,
     keep_steps: bool,
 ) -> Evaluation:
-    stepper = Stepper(environment, derived_seed(seed, Stream.EVALUATION_ENVIRONMENT, chunk.index))
     noise_rng = generator(seed, Stream.OBSERVATION_NOISE, chunk.index)
     action_rng = generator(seed, Stream.EVALUATION_ACTIONS, chunk.index)
     running_B = np.ones(chunk.num_episodes, bool)
     returns_B, lengths_B = np.zeros(chunk.num_episodes), np.zeros(chunk.num_episodes, np.int64)
-    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    kept: list[tuple[np.ndarray | None, ...]] = []
     for _ in range(MAX_EPISODE_STEPS):
-        obs_BD = stepper.obs_BD
+        obs_BD, mask_BA = environment.obs_BD, environment.mask_BA
         seen_BD = obs_BD if noise_std_D is None else _with_noise(obs_BD, noise_std_D, noise_rng)
-        actions_B = choose_rows(policy.probabilities(seen_BD), mode, action_rng)
-        step = stepper.step(actions_B)
+        actions_B = policy.distribution.choose_rows(policy.distributions(seen_BD, mask_BA), mode, action_rng)
+        step = environment.step(actions_B)
         if keep_steps:
-            kept.append((obs_BD[running_B], actions_B[running_B], np.flatnonzero(running_B)))
+            kept_mask = None if mask_BA is None else mask_BA[running_B]
+            kept.append((obs_BD[running_B], actions_B[running_B], kept_mask, np.flatnonzero(running_B)))
         returns_B[running_B] += step.rewards_B[running_B]
         lengths_B += running_B
         running_B &= ~(step.terminateds_B | step.truncateds_B)
         if not running_B.any():
-            steps = [np.concatenate(part) for part in zip(*kept)] if keep_steps else [None, None, None]
+            steps = [_joined(list(part)) for part in zip(*kept)] if keep_steps else [None] * 4
             return Evaluation(returns_B, lengths_B, *steps)
     raise EnvironmentFailed(
         f"environment {environment.config.id!r} did not end {running_B.sum()} of {chunk.num_episodes} episodes within "
         f"{MAX_EPISODE_STEPS} steps; set environment.max_episode_steps"
     )
-
-
-def choose_rows(probabilities_BA: np.ndarray, mode: Mode, rng: np.random.Generator) -> np.ndarray:
-    """Return an action index per row: `policies.policy.choose` for a whole batch."""
-    if mode == "greedy":
-        return probabilities_BA.argmax(axis=1)
-    uniform_B1 = rng.random((len(probabilities_BA), 1))
-    actions_B = (np.cumsum(probabilities_BA, axis=1) <= uniform_B1).sum(axis=1)
-    return np.minimum(actions_B, probabilities_BA.shape[1] - 1)  # the cumulative sum can end a rounding error below 1
 
 
 def _with_noise(obs_BD: np.ndarray, noise_std_D: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from policies.observations import Box
 from training.network import Layout, Weights, initial_parameters
 
 NORMALISER_EPSILON = 1e-8
@@ -13,7 +14,11 @@ MAX_NORMALISER_SCALE = 1e4  # a feature that never changes would otherwise be bl
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What one update did, averaged over its minibatches."""
+    """What one update did: losses and the like are means over its minibatches.
+
+    `num_epochs` is smaller than the setting when the KL limit ended the update. `lag_mean` and `lag_max` count the versions
+    that the learner was ahead of the weights each fragment was collected with.
+    """
 
     num_env_steps: int
     policy_loss: float
@@ -23,6 +28,10 @@ class UpdateReport:
     clip_fraction: float
     grad_norm: float
     explained_variance: float
+    num_epochs: int
+    lr: float
+    lag_mean: float
+    lag_max: int
 
 
 @dataclass
@@ -36,13 +45,18 @@ class LearnerState:
     normaliser_mean_D: np.ndarray  # float64
     normaliser_m2_D: np.ndarray  # float64, sum of squared distances from the mean
     normaliser_count: int
+    return_moments: np.ndarray  # float64 [count, mean, sum of squared distances] of discounted sums of rewards
     update: int
     env_steps: int
 
     @classmethod
-    def initial(cls, layout: Layout, seed: int) -> "LearnerState":
+    def initial(cls, layout: Layout, seed: int, *, log_std: float = 0.0) -> "LearnerState":
         zeros_P, zeros_D = np.zeros(layout.size, np.float32), np.zeros(layout.spaces.num_features)
-        return cls(initial_parameters(layout, seed), zeros_P, zeros_P.copy(), 0, zeros_D, zeros_D.copy(), 0, 0, 0)
+        parameters_P = initial_parameters(layout, seed, log_std=log_std)
+        # The range of bytes is known beforehand: as if one observation had been seen whose deviation is 255.
+        is_bytes = isinstance(layout.spaces.observation, Box) and layout.spaces.observation.dtype == "uint8"
+        m2_D, count = (zeros_D + 255.0**2, 1) if is_bytes else (zeros_D.copy(), 0)
+        return cls(parameters_P, zeros_P, zeros_P.copy(), 0, zeros_D, m2_D, count, np.zeros(3), 0, 0)
 
     def to_tensors(self, layout: Layout) -> dict[str, np.ndarray]:
         """Return the arrays by name, the parameters under their published names."""
@@ -52,6 +66,7 @@ class LearnerState:
             "adam.v": self.adam_v_P,
             "normaliser.running_mean": self.normaliser_mean_D,
             "normaliser.running_m2": self.normaliser_m2_D,
+            "return_moments": self.return_moments,
         }
 
     def counters(self) -> dict[str, int]:
@@ -73,6 +88,7 @@ class LearnerState:
             normaliser_mean_D=tensors["normaliser.running_mean"].copy(),
             normaliser_m2_D=tensors["normaliser.running_m2"].copy(),
             normaliser_count=counters["normaliser_count"],
+            return_moments=tensors["return_moments"].copy(),
             update=counters["update"],
             env_steps=counters["env_steps"],
         )

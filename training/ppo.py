@@ -1,185 +1,272 @@
 """How a policy is improved from rollouts: proximal policy optimisation on one flat parameter vector.
 
-Importing this module imports torch (1.8 s), so only what trains or makes golden vectors does, and late.
+The loss is defined once, here, with its gradient by the network's outputs; how that flows through the layers is
+`training/network.py`. Neither needs torch: a step of two small towers costs a fifth of what torch's dispatch does.
 
-N steps of a batch, M of a minibatch, D feature, A action, P parameter.
+N steps of a batch or minibatch, D feature, O network outputs, K component of an action, P parameter.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
-import torch
 
 from policies.errors import TrainingFailed
-from policies.policy import Policy, tensor_shapes
-from training.config import TrainingConfig
-from training.gae import advantages
+from training.config import TrainingConfig, value_at
+from training.gae import advantages, vtrace
+from training.heads import Head, head_of
 from training.learner_state import LearnerState, UpdateReport
-from training.network import Layout
+from training.network import Layout, network_of
 from training.rollout import Rollout
 from training.seeds import Stream, generator
 
-ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-5  # epsilon as in the PPO paper's code; torch's default is 1e-8
+MAX_REWARD = 10.0  # deviations; as stable-baselines3 clips normalised rewards
+KL_TOLERANCE = 1.5  # an update ends when its KL is this many times the target, as in stable-baselines3
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The steps of an update that really happened, as torch tensors."""
+    """The steps of an update that really happened."""
 
-    x_ND: torch.Tensor  # normalised observations
-    actions_N: torch.Tensor
-    logp_N: torch.Tensor
-    advantages_N: torch.Tensor
-    returns_N: torch.Tensor
+    x_ND: np.ndarray  # normalised observations
+    actions_NK: np.ndarray
+    masks_NA: np.ndarray | None
+    logp_N: np.ndarray  # under the policy at the beginning of the update
+    values_N: np.ndarray  # likewise
+    advantages_N: np.ndarray
+    returns_N: np.ndarray
+    weights_N: np.ndarray | None  # probability of the action now over that when it was drawn, at most 1; None: they are equal
+
+    def __len__(self) -> int:
+        return len(self.x_ND)
+
+    def rows(self, index_N: np.ndarray) -> "Batch":
+        """Return some of the steps."""
+        columns = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(None if column is None else column[index_N] for column in columns))
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The settings of one update, after their schedules."""
+
+    clip_param: float
+    vf_loss_coeff: float
+    vf_clip_param: float | None
+    entropy_coeff: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, what it is made of, and its gradients by the network's outputs [N, O] and values [N]."""
+
+    loss: float
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    kl: float
+    clip_fraction: float
+    d_outputs_NO: np.ndarray
+    d_values_N: np.ndarray
+
+
+def ppo_loss(head: Head, outputs_NO: np.ndarray, values_N: np.ndarray, batch: Batch, settings: LossSettings) -> Loss:
+    """Return the clipped surrogate loss and its gradients; equations 7 and 9 of https://arxiv.org/abs/1707.06347.
+
+        ratio = pi(a|s) / pi_old(a|s)
+        L = -mean(w min(ratio A, clip(ratio) A)) + c_v mean((V - R)^2) - c_e mean(H)
+
+    `w` is 1 unless the actions are from an older policy than pi_old. With `vf_clip_param` V is V_old plus at most that much,
+    as in stable-baselines3. `kl` is the estimator k3 of http://joschu.net/blog/kl-approx.html, never negative.
+    """
+    num_steps = np.float32(len(outputs_NO))
+    evaluated = head.evaluate(outputs_NO, batch.actions_NK, batch.masks_NA)
+    log_ratio_N = evaluated.logp_N - batch.logp_N
+    ratio_N = np.exp(log_ratio_N)
+    clipped_N = np.clip(ratio_N, 1 - settings.clip_param, 1 + settings.clip_param)
+    weighted_N = batch.advantages_N if batch.weights_N is None else batch.advantages_N * batch.weights_N
+    gain_N, clipped_gain_N = ratio_N * weighted_N, clipped_N * weighted_N
+    d_logp_N = np.where(gain_N <= clipped_gain_N, gain_N, 0)  # where the clipped gain is smaller, nothing moves it any more
+    d_logp_N /= -num_steps
+
+    error_N, is_free_N = values_N - batch.returns_N, None
+    if settings.vf_clip_param is not None:
+        change_N = np.clip(values_N - batch.values_N, -settings.vf_clip_param, settings.vf_clip_param)
+        is_free_N = change_N == values_N - batch.values_N
+        error_N = batch.values_N + change_N - batch.returns_N
+    d_values_N = error_N * np.float32(2 * settings.vf_loss_coeff / num_steps)
+    if is_free_N is not None:
+        d_values_N *= is_free_N
+
+    policy_loss = -float(np.minimum(gain_N, clipped_gain_N).mean())
+    value_loss = float(error_N @ error_N) / float(num_steps)
+    entropy = float(evaluated.entropy_N.mean())
+    return Loss(
+        loss=policy_loss + settings.vf_loss_coeff * value_loss - settings.entropy_coeff * entropy,
+        policy_loss=policy_loss,
+        value_loss=value_loss,
+        entropy=entropy,
+        kl=float((ratio_N - 1 - log_ratio_N).mean()),
+        clip_fraction=float((clipped_N != ratio_N).mean()),
+        d_outputs_NO=head.gradient(evaluated, d_logp_N, -settings.entropy_coeff / float(num_steps)),
+        d_values_N=d_values_N,
+    )
 
 
 class PPO:
-    """Improves its copy of a `LearnerState`, update by update; bit-reproducible because it uses one thread."""
+    """Improves its copy of a `LearnerState`, update by update; the same rollouts give the same bits."""
 
     def __init__(self, layout: Layout, training: TrainingConfig, state: LearnerState) -> None:
-        torch.set_num_threads(1)
-        self._layout = layout
         self._training = training
+        self._head = head_of(layout.spaces, layout.architecture)
         self.state = copy.deepcopy(state)  # arrays that came through Ray are read-only, and these change in place
-        self._parameters_P = torch.from_numpy(self.state.parameters_P).requires_grad_()
-        self._adam_m_P = torch.from_numpy(self.state.adam_m_P)
-        self._adam_v_P = torch.from_numpy(self.state.adam_v_P)
+        self._network = network_of(layout, self.state.parameters_P)
 
     def update(self, rollouts: Sequence[Rollout]) -> UpdateReport:
         """Learn from one fragment of every shard; raises `TrainingFailed` when the parameters stop being finite."""
         rollouts = sorted(rollouts, key=lambda rollout: rollout.shard)  # sums depend on the order: make it the shards' own
+        training, state = self._training, self.state
+        lags = [state.update - rollout.version for rollout in rollouts]
         batch = self._batch(rollouts)
-        rng = generator(self._training.seed, Stream.MINIBATCHES, self.state.update)
-        num_minibatches = -(-len(batch.actions_N) // self._training.minibatch_size)
-        rows = []
-        for _ in range(self._training.num_epochs):
-            # Nearly equal parts of all rows: none is dropped, and none is so small that its gradient is mostly noise.
-            for index_M in np.array_split(rng.permutation(len(batch.actions_N)), num_minibatches):
-                rows.append(self._minibatch_step(batch, torch.from_numpy(index_M)))
-        means = torch.stack(rows).mean(dim=0).tolist()
-        if not np.isfinite(self.state.parameters_P).all():
-            raise TrainingFailed(
-                f"parameters are no longer finite after update {self.state.update}; lower lr ({self._training.lr})"
-            )
-        if self._training.normalize_observations:
+        lr = value_at(training.lr, state.env_steps)
+        rows, num_epochs = self._learn(batch, lr)
+        if not np.isfinite(state.parameters_P).all():
+            raise TrainingFailed(f"parameters are no longer finite after update {state.update}; lower lr ({lr:g})")
+        if training.normalize_observations:
             self._update_normaliser(np.concatenate([r.obs_TBD[:-1][r.valid_TB] for r in rollouts]))
-        self.state.update += 1
-        num_env_steps = len(batch.actions_N)
-        self.state.env_steps += num_env_steps
-        return UpdateReport(num_env_steps, *means, explained_variance=_explained_variance(rollouts, batch))
-
-    def _batch(self, rollouts: Sequence[Rollout]) -> Batch:
-        weights = self.state.weights()
-        valid = [r.valid_TB for r in rollouts]
-        advantages_ = [
-            advantages(
-                r.rewards_TB,
-                r.values_TB,
-                r.terminateds_TB,
-                r.truncateds_TB,
-                gamma=self._training.gamma,
-                lambda_=self._training.lambda_,
-            )
-            for r in rollouts
-        ]
-        advantages_N = np.concatenate([a[v] for a, v in zip(advantages_, valid)])
-        values_N = np.concatenate([r.values_TB[:-1][v] for r, v in zip(rollouts, valid)])
-        obs_ND = np.concatenate([r.obs_TBD[:-1][v] for r, v in zip(rollouts, valid)])
-        normalised_N = (advantages_N - advantages_N.mean()) / (advantages_N.std() + 1e-8)
-        return Batch(
-            x_ND=torch.from_numpy((obs_ND - weights.normaliser_mean_D) * weights.normaliser_scale_D),
-            actions_N=torch.from_numpy(np.concatenate([r.actions_TB[v] for r, v in zip(rollouts, valid)])),
-            logp_N=torch.from_numpy(np.concatenate([r.logp_TB[v] for r, v in zip(rollouts, valid)])),
-            advantages_N=torch.from_numpy(normalised_N),
-            returns_N=torch.from_numpy(advantages_N + values_N),
+        state.update += 1
+        state.env_steps += len(batch)
+        return UpdateReport(
+            len(batch),
+            *np.mean(rows, axis=0).tolist(),
+            explained_variance=_explained_variance(batch),
+            num_epochs=num_epochs,
+            lr=lr,
+            lag_mean=float(np.mean(lags)),
+            lag_max=max(lags),
         )
 
-    def _minibatch_step(self, batch: Batch, index_M: torch.Tensor) -> torch.Tensor:
-        minibatch = Batch(*(getattr(batch, name)[index_M] for name in Batch.__dataclass_fields__))
-        loss, statistics = ppo_loss(self._parameters_P, self._layout, self._training, minibatch)
-        (gradient_P,) = torch.autograd.grad(loss, self._parameters_P)
-        norm = torch.linalg.vector_norm(gradient_P)
-        gradient_P *= torch.clamp(self._training.grad_clip / (norm + 1e-6), max=1)
-        self._adam_step(gradient_P)
-        return torch.cat([statistics, norm.reshape(1)])
+    def _learn(self, batch: Batch, lr: float) -> tuple[list[tuple[float, ...]], int]:
+        """Go over the batch several times; return the statistics of each minibatch and the number of epochs made."""
+        training, steps = self._training, self.state.env_steps
+        settings = LossSettings(
+            clip_param=value_at(training.clip_param, steps),
+            vf_loss_coeff=training.vf_loss_coeff,
+            vf_clip_param=training.vf_clip_param,
+            entropy_coeff=value_at(training.entropy_coeff, steps),
+        )
+        rng = generator(training.seed, Stream.MINIBATCHES, self.state.update)
+        # Nearly equal parts of all rows: none is dropped, and none is so small that its gradient is mostly noise.
+        bounds = np.linspace(0, len(batch), -(-len(batch) // training.minibatch_size) + 1).astype(int)
+        rows: list[tuple[float, ...]] = []
+        for epoch in range(training.num_epochs):
+            shuffled = batch.rows(rng.permutation(len(batch)))
+            for start, end in zip(bounds, bounds[1:]):
+                rows.append(self._minibatch_step(shuffled.rows(slice(start, end)), settings, lr))
+                if self._is_too_far(kl=rows[-1][3]):
+                    return rows, epoch + 1
+        return rows, training.num_epochs
 
-    @torch.no_grad()
-    def _adam_step(self, gradient_P: torch.Tensor) -> None:
-        """Algorithm 1 of https://arxiv.org/abs/1412.6980 on the whole vector; `torch.optim` alone takes 1.7 s to import."""
-        self.state.adam_steps += 1
-        self._adam_m_P.mul_(ADAM_BETA1).add_(gradient_P, alpha=1 - ADAM_BETA1)
-        self._adam_v_P.mul_(ADAM_BETA2).addcmul_(gradient_P, gradient_P, value=1 - ADAM_BETA2)
-        correction1 = 1 - ADAM_BETA1**self.state.adam_steps
-        correction2 = 1 - ADAM_BETA2**self.state.adam_steps
-        denominator_P = self._adam_v_P.sqrt().mul_(correction2**-0.5).add_(ADAM_EPSILON)
-        self._parameters_P.addcdiv_(self._adam_m_P, denominator_P, value=-self._training.lr / correction1)
+    def _minibatch_step(self, batch: Batch, settings: LossSettings, lr: float) -> tuple[float, ...]:
+        """Take one step of the optimiser; return policy loss, value loss, entropy, KL, clip fraction and gradient norm.
+
+        When the policy has moved too far already, it stays where it is.
+        """
+        if self._training.normalize_advantages and len(batch) > 1:
+            centred_N = batch.advantages_N - batch.advantages_N.mean()
+            batch = replace(batch, advantages_N=centred_N / (batch.advantages_N.std(ddof=1) + np.float32(1e-8)))
+        outputs_NO, values_N = self._network.forward(batch.x_ND)
+        loss = ppo_loss(self._head, outputs_NO, values_N, batch, settings)
+        gradient_P = self._network.backward(loss.d_outputs_NO, loss.d_values_N)
+        norm = float(np.sqrt(gradient_P @ gradient_P))
+        gradient_P *= np.float32(min(1.0, self._training.grad_clip / (norm + 1e-6)))
+        if not self._is_too_far(kl=loss.kl):
+            self._adam_step(gradient_P, lr)
+        return loss.policy_loss, loss.value_loss, loss.entropy, loss.kl, loss.clip_fraction, norm
+
+    def _is_too_far(self, *, kl: float) -> bool:
+        return self._training.kl_target is not None and kl > KL_TOLERANCE * self._training.kl_target
+
+    def _adam_step(self, gradient_P: np.ndarray, lr: float) -> None:
+        """Algorithm 1 of https://arxiv.org/abs/1412.6980 on the whole vector."""
+        state = self.state
+        state.adam_steps += 1
+        state.adam_m_P *= np.float32(ADAM_BETA1)
+        state.adam_m_P += np.float32(1 - ADAM_BETA1) * gradient_P
+        state.adam_v_P *= np.float32(ADAM_BETA2)
+        gradient_P *= gradient_P
+        state.adam_v_P += np.float32(1 - ADAM_BETA2) * gradient_P
+        denominator_P = np.sqrt(state.adam_v_P)
+        denominator_P *= np.float32((1 - ADAM_BETA2**state.adam_steps) ** -0.5)
+        denominator_P += np.float32(ADAM_EPSILON)
+        np.divide(state.adam_m_P, denominator_P, out=denominator_P)
+        denominator_P *= np.float32(lr / (1 - ADAM_BETA1**state.adam_steps))
+        state.parameters_P -= denominator_P
+
+    def _batch(self, rollouts: Sequence[Rollout]) -> Batch:
+        parts = [self._part(rollout) for rollout in self._with_scaled_rewards(rollouts)]
+        columns = zip(*((getattr(part, field.name) for field in fields(Batch)) for part in parts))
+        return Batch(*(None if column[0] is None else np.concatenate(column) for column in columns))
+
+    def _part(self, rollout: Rollout) -> Batch:
+        """Return one shard's valid steps. What was collected with older weights is evaluated again with those of now."""
+        weights, valid_TB = self.state.weights(), rollout.valid_TB
+        x_TBD = (rollout.obs_TBD - weights.normaliser_mean_D) * weights.normaliser_scale_D
+        x_ND = x_TBD[:-1][valid_TB]
+        actions_NK = rollout.actions_TBK[valid_TB]
+        masks_NA = None if rollout.masks_TBA is None else rollout.masks_TBA[valid_TB]
+        terms = rollout.rewards_TB, rollout.terminateds_TB, rollout.truncateds_TB
+        discounts = {"gamma": self._training.gamma, "lambda_": self._training.lambda_}
+        if rollout.version == self.state.update:
+            values_TB = rollout.values_TB[:-1]
+            next_values_TB = rollout.next_values(rollout.values_TB, rollout.final_values_F)
+            advantages_TB = advantages(terms[0], values_TB, next_values_TB, *terms[1:], **discounts)
+            returns_TB, logp_N, weights_N = advantages_TB + values_TB, rollout.logp_TB[valid_TB], None
+        else:
+            final_x_FD = (rollout.final_obs_FD - weights.normaliser_mean_D) * weights.normaliser_scale_D
+            all_values_TB = self._network.values(x_TBD.reshape(-1, x_TBD.shape[-1])).reshape(x_TBD.shape[:2])
+            values_TB, next_values_TB = all_values_TB[:-1], rollout.next_values(all_values_TB, self._network.values(final_x_FD))
+            logp_N = self._head.evaluate(self._network.outputs(x_ND), actions_NK, masks_NA).logp_N
+            ratios_TB = np.ones(valid_TB.shape, np.float32)
+            ratios_TB[valid_TB] = np.exp(logp_N - rollout.logp_TB[valid_TB])
+            advantages_TB, returns_TB = vtrace(ratios_TB, terms[0], values_TB, next_values_TB, *terms[1:], **discounts)
+            weights_N = np.minimum(1, ratios_TB[valid_TB])
+        values_N, advantages_N, returns_N = (array[valid_TB] for array in (values_TB, advantages_TB, returns_TB))
+        return Batch(x_ND, actions_NK, masks_NA, logp_N, values_N, advantages_N, returns_N, weights_N)
+
+    def _with_scaled_rewards(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+        """Divide rewards by the deviation of their discounted sums so far, these fragments included."""
+        if not self._training.normalize_rewards:
+            return rollouts
+        for rollout in rollouts:
+            self.state.return_moments = np.array(merged_moments(self.state.return_moments, rollout.return_moments))
+        count, _, m2 = self.state.return_moments
+        scale = 1 / np.sqrt(m2 / count + 1e-8)
+        return [
+            replace(rollout, rewards_TB=np.clip(rollout.rewards_TB * scale, -MAX_REWARD, MAX_REWARD).astype(np.float32))
+            for rollout in rollouts
+        ]
 
     def _update_normaliser(self, obs_ND: np.ndarray) -> None:
-        """Join the batch's mean and spread to the running ones (Chan, Golub and LeVeque's formula)."""
+        """Join the batch's mean and spread to the running ones."""
         state, obs_ND = self.state, obs_ND.astype(np.float64)
-        count = state.normaliser_count + len(obs_ND)
-        delta_D = obs_ND.mean(axis=0) - state.normaliser_mean_D
-        state.normaliser_m2_D += obs_ND.var(axis=0) * len(obs_ND) + delta_D**2 * (state.normaliser_count * len(obs_ND) / count)
-        state.normaliser_mean_D += delta_D * (len(obs_ND) / count)
-        state.normaliser_count = count
+        batch = len(obs_ND), obs_ND.mean(axis=0), obs_ND.var(axis=0) * len(obs_ND)
+        before = state.normaliser_count, state.normaliser_mean_D, state.normaliser_m2_D
+        state.normaliser_count, state.normaliser_mean_D, state.normaliser_m2_D = merged_moments(before, batch)
 
 
-def ppo_loss(
-    parameters_P: torch.Tensor, layout: Layout, training: TrainingConfig, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss and [policy loss, value loss, entropy, KL, clip fraction]; equations 7 and 9 of https://arxiv.org/abs/1707.06347."""
-    tensors = split(parameters_P, layout)
-    log_probabilities_NA = torch.log_softmax(tower(tensors, "policy", layout, training.activation, batch.x_ND), dim=1)
-    values_N = tower(tensors, "value", layout, training.activation, batch.x_ND).squeeze(1)
-
-    logp_N = log_probabilities_NA.gather(1, batch.actions_N.unsqueeze(1)).squeeze(1)
-    log_ratio_N = logp_N - batch.logp_N
-    ratio_N = log_ratio_N.exp()
-    clipped_N = ratio_N.clamp(1 - training.clip_param, 1 + training.clip_param)
-    policy_loss = -torch.minimum(ratio_N * batch.advantages_N, clipped_N * batch.advantages_N).mean()
-    value_loss = (values_N - batch.returns_N).square().mean()
-    entropy = -(log_probabilities_NA.exp() * log_probabilities_NA).sum(dim=1).mean()
-    loss = policy_loss + training.vf_loss_coeff * value_loss - training.entropy_coeff * entropy
-
-    with torch.no_grad():
-        kl = (ratio_N - 1 - log_ratio_N).mean()  # k3 of http://joschu.net/blog/kl-approx.html: unbiased and never negative
-        clip_fraction = ((ratio_N - 1).abs() > training.clip_param).float().mean()
-        statistics = torch.stack([policy_loss, value_loss, entropy, kl, clip_fraction])
-    return loss, statistics
+def merged_moments(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Return count, mean and sum of squared distances of two samples together (Chan, Golub and LeVeque's formula)."""
+    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    return count, mean_a + delta * (count_b / count), m2_a + m2_b + delta**2 * (count_a * count_b / count)
 
 
-def split(parameters_P: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
-    """Return differentiable views of the flat vector by name."""
-    shapes = layout.shapes()
-    parts = parameters_P.split([prod(shape) for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
-
-
-def tower(tensors: dict[str, torch.Tensor], name: str, layout: Layout, activation: str, x_ND: torch.Tensor) -> torch.Tensor:
-    """Return the outputs of one MLP, `policy` or `value`, for normalised observations."""
-    last = layout.num_layers - 1
-    for layer in range(last):
-        x_ND = ACTIVATIONS[activation](torch.addmm(tensors[f"{name}.{layer}.bias"], x_ND, tensors[f"{name}.{layer}.weight"]))
-    return torch.addmm(tensors[f"{name}.{last}.bias"], x_ND, tensors[f"{name}.{last}.weight"])
-
-
-@torch.no_grad()
-def action_probabilities(policy: Policy, obs_BD: np.ndarray) -> np.ndarray:
-    """Return float64 action probabilities [B, A] as training computes them: the truth that golden vectors carry."""
-    tensors = {name: torch.from_numpy(policy.tensors[name]) for name in tensor_shapes(policy.architecture, policy.spaces)}
-    x_BD = (torch.from_numpy(np.asarray(obs_BD, np.float32)) - tensors["normaliser.mean"]) * tensors["normaliser.scale"]
-    layout = Layout(policy.spaces, policy.architecture)
-    logits_BA = tower(tensors, "policy", layout, policy.architecture.activation, x_BD)
-    return torch.softmax(logits_BA.double(), dim=1).numpy()
-
-
-def _explained_variance(rollouts: Sequence[Rollout], batch: Batch) -> float:
+def _explained_variance(batch: Batch) -> float:
     """Return the share of the returns' variance that the value function knew before the update; 0 for constant returns."""
-    values_N = np.concatenate([r.values_TB[:-1][r.valid_TB] for r in rollouts])
-    returns_N = batch.returns_N.numpy()
-    variance = float(returns_N.var())
-    return 1 - float((returns_N - values_N).var()) / variance if variance > 0 else 0.0
+    variance = float(batch.returns_N.var())
+    return 1 - float((batch.returns_N - batch.values_N).var()) / variance if variance > 0 else 0.0

@@ -1,16 +1,16 @@
 """How experience is made: a fixed group of environments is stepped with a policy, and every step is kept.
 
-T time, B environment, D feature, A action.
+T time, B environment, D feature, K component of an action, A choices of an action mask, F final observations, E episodes.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from policies.policy import Architecture
 from training.config import EnvironmentConfig, TrainingConfig
 from training.environment import VectorEnvironment
-from training.network import Layout, Weights, forward, layers_of
+from training.heads import Head, head_of
+from training.network import Weights, layout_of, network_of
 from training.seeds import Stream, derived_seed, generator
 
 
@@ -18,21 +18,28 @@ from training.seeds import Stream, derived_seed, generator
 class Rollout:
     """A fragment of experience of one shard under one version of the weights.
 
-    `obs_TBD` and `values_TB` have one row more than the rest: what followed the last step. Because environments reset one
-    step late, row t + 1 is always what followed step t, also when the episode was truncated there. `valid_TB` is False on
-    the reset steps in between: nothing happened in them, and nothing is learned from them.
+    `obs_TBD` and `values_TB` have one row more than the rest: what was seen after the last step. What followed step t is row
+    t + 1, unless the environment reset in the same step: then it is in `final_obs_FD`, at the flat index t * B + b in
+    `final_F`. `valid_TB` is False on the reset steps of environments that reset one step late: nothing happened in them, and
+    nothing is learned from them. `return_moments` are count, mean and sum of squared distances of the discounted sums of
+    rewards so far, at each valid step.
     """
 
     shard: int
     version: int
     obs_TBD: np.ndarray  # float32 [T + 1, B, D]
-    actions_TB: np.ndarray  # int64, index of the action
+    actions_TBK: np.ndarray  # int64 index of the choice, or float32 number on the policy's scale
+    masks_TBA: np.ndarray | None  # bool
     logp_TB: np.ndarray  # float32, log-probability of the action under the behaviour policy
     rewards_TB: np.ndarray  # float32
     terminateds_TB: np.ndarray  # bool
     truncateds_TB: np.ndarray  # bool
     values_TB: np.ndarray  # float32 [T + 1, B]
     valid_TB: np.ndarray  # bool
+    final_F: np.ndarray  # int64
+    final_obs_FD: np.ndarray  # float32
+    final_values_F: np.ndarray  # float32
+    return_moments: np.ndarray  # float64 [3]
     episode_returns_E: np.ndarray  # float64, episodes that ended in this fragment
     episode_lengths_E: np.ndarray  # int64
 
@@ -41,31 +48,11 @@ class Rollout:
         """Steps that happened in an environment: reset steps do not count."""
         return int(self.valid_TB.sum())
 
-
-@dataclass(frozen=True)
-class Step:
-    """What one call of `env.step` did in all environments; `valid_B` is False where it only reset."""
-
-    valid_B: np.ndarray
-    rewards_B: np.ndarray
-    terminateds_B: np.ndarray
-    truncateds_B: np.ndarray
-
-
-class Stepper:
-    """The one place where environments are stepped, for collecting and for evaluation alike."""
-
-    def __init__(self, environment: VectorEnvironment, seed: int) -> None:
-        self._environment = environment
-        self.obs_BD = environment.reset(seed)
-        self._ended_B = np.zeros(environment.num_envs, bool)
-
-    def step(self, actions_B: np.ndarray) -> Step:
-        """Send actions, move `obs_BD` on and say what happened; a reset step has no reward and ends nothing."""
-        valid_B = ~self._ended_B
-        self.obs_BD, rewards_B, terminateds_B, truncateds_B = self._environment.step(actions_B)
-        self._ended_B = terminateds_B | truncateds_B
-        return Step(valid_B, rewards_B, terminateds_B, truncateds_B)
+    def next_values(self, values_TB: np.ndarray, final_values_F: np.ndarray) -> np.ndarray:
+        """Return the value of what followed each step [T, B], given those of `obs_TBD` and of `final_obs_FD`."""
+        next_values_TB = values_TB[1:].copy()
+        next_values_TB.reshape(-1)[self.final_F] = final_values_F
+        return next_values_TB
 
 
 class Shard:
@@ -81,56 +68,59 @@ class Shard:
         """Make the environments and start new episodes; a second attempt at the same update starts them elsewhere."""
         self._shard = shard
         self._training = training
-        self._environment = VectorEnvironment(environment, training.num_envs_per_shard)
-        self._layout = Layout(self._environment.spaces, Architecture(training.hidden, training.activation))
-        self._stepper = Stepper(self._environment, derived_seed(training.seed, Stream.ENVIRONMENT, shard, update, attempt))
+        seed = derived_seed(training.seed, Stream.ENVIRONMENT, shard, update, attempt)
+        self._environment = VectorEnvironment(environment, training.num_envs_per_shard, seed=seed)
+        self._layout = layout_of(self._environment.spaces, training)
+        self._head = head_of(self._layout.spaces, self._layout.architecture)
         self._return_B = np.zeros(self._environment.num_envs)
         self._length_B = np.zeros(self._environment.num_envs, np.int64)
+        self._discounted_B = np.zeros(self._environment.num_envs)
 
     def collect(self, weights: Weights, *, update: int) -> Rollout:
         """Step every environment `rollout_fragment_length` times and return what happened."""
-        tensors = weights.tensors(self._layout)
-        policy = layers_of(tensors, "policy", self._layout.num_layers)
-        value = layers_of(tensors, "value", self._layout.num_layers)
-        activation = self._training.activation
-        T, B = self._training.rollout_fragment_length, self._environment.num_envs
-        D, A = self._environment.spaces.num_features, self._environment.spaces.num_actions
-
+        environment, head = self._environment, self._head
+        network = network_of(self._layout, weights.parameters_P)
+        T, B, D = self._training.rollout_fragment_length, environment.num_envs, self._layout.spaces.num_features
         obs_TBD = np.empty((T + 1, B, D), np.float32)
         x_TBD = np.empty((T + 1, B, D), np.float32)  # normalised
-        logits_TBA = np.empty((T, B, A), np.float32)
-        actions_TB = np.empty((T, B), np.int64)
-        rewards_TB = np.empty((T, B), np.float32)
-        terminateds_TB, truncateds_TB, valid_TB = np.empty((3, T, B), bool)
-        # The largest of logits plus Gumbel noise is a sample of their softmax: all noise is drawn at once.
-        noise_TBA = _gumbel(generator(self._training.seed, Stream.ACTIONS, self._shard, update), (T, B, A))
+        actions_TBK = np.empty((T, B, head.num_components), head.action_dtype)
+        outputs, masks, steps = [], [], []
+        noise_TB = head.noise(generator(self._training.seed, Stream.ACTIONS, self._shard, update), (T, B))
 
         for t in range(T + 1):
-            obs_TBD[t] = self._stepper.obs_BD
+            obs_TBD[t] = environment.obs_BD
             np.subtract(obs_TBD[t], weights.normaliser_mean_D, out=x_TBD[t])
             x_TBD[t] *= weights.normaliser_scale_D
             if t == T:
                 break
-            logits_TBA[t] = forward(policy, activation, x_TBD[t])
-            noise_TBA[t] += logits_TBA[t]
-            actions_TB[t] = noise_TBA[t].argmax(axis=1)
-            step = self._stepper.step(actions_TB[t])
-            rewards_TB[t], terminateds_TB[t], truncateds_TB[t] = step.rewards_B, step.terminateds_B, step.truncateds_B
-            valid_TB[t] = step.valid_B
+            outputs.append(network.outputs(x_TBD[t]))
+            masks.append(environment.mask_BA)
+            actions_TBK[t] = head.sample(outputs[t], noise_TB[t], masks[t])
+            steps.append(environment.step(head.to_environment(actions_TBK[t])))
 
-        values_TB = forward(value, activation, x_TBD.reshape(-1, D)).reshape(T + 1, B)
+        rewards_TB, valid_TB = np.stack([step.rewards_B for step in steps]), np.stack([step.valid_B for step in steps])
+        terminateds_TB = np.stack([step.terminateds_B for step in steps])
+        truncateds_TB = np.stack([step.truncateds_B for step in steps])
+        masks_TBA = np.stack(masks) if self._layout.spaces.has_mask else None
+        final_F = np.concatenate([step.final_F + t * B for t, step in enumerate(steps)])
+        final_obs_FD = np.concatenate([step.final_obs_FD for step in steps])
         returns_E, lengths_E = self._ended_episodes(rewards_TB, valid_TB, terminateds_TB | truncateds_TB)
         return Rollout(
             shard=self._shard,
             version=weights.version,
             obs_TBD=obs_TBD,
-            actions_TB=actions_TB,
-            logp_TB=_log_probability(logits_TBA, actions_TB),
+            actions_TBK=actions_TBK,
+            masks_TBA=masks_TBA,
+            logp_TB=_log_probability(head, np.stack(outputs), actions_TBK, masks_TBA),
             rewards_TB=rewards_TB,
             terminateds_TB=terminateds_TB,
             truncateds_TB=truncateds_TB,
-            values_TB=values_TB,
+            values_TB=network.values(x_TBD.reshape(-1, D)).reshape(T + 1, B),
             valid_TB=valid_TB,
+            final_F=final_F,
+            final_obs_FD=final_obs_FD,
+            final_values_F=network.values((final_obs_FD - weights.normaliser_mean_D) * weights.normaliser_scale_D),
+            return_moments=self._discounted_moments(rewards_TB, valid_TB, terminateds_TB | truncateds_TB),
             episode_returns_E=returns_E,
             episode_lengths_E=lengths_E,
         )
@@ -138,29 +128,40 @@ class Shard:
     def close(self) -> None:
         self._environment.close()
 
+    def _discounted_moments(self, rewards_TB: np.ndarray, valid_TB: np.ndarray, ended_TB: np.ndarray) -> np.ndarray:
+        """Return the moments of the discounted sums of rewards, carried from fragment to fragment, when they are asked for."""
+        if not self._training.normalize_rewards:
+            return np.zeros(3)
+        sums_TB, rewards_TB = np.empty(rewards_TB.shape), np.where(valid_TB, rewards_TB, 0)
+        for t in range(len(rewards_TB)):
+            self._discounted_B = self._discounted_B * self._training.gamma + rewards_TB[t]
+            sums_TB[t] = self._discounted_B
+            self._discounted_B = self._discounted_B * ~ended_TB[t]
+        sums_N = sums_TB[valid_TB]
+        return np.array([len(sums_N), sums_N.mean(), ((sums_N - sums_N.mean()) ** 2).sum()])
+
     def _ended_episodes(
         self, rewards_TB: np.ndarray, valid_TB: np.ndarray, ended_TB: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return returns and lengths of the episodes that ended here, and carry the unfinished ones to the next fragment."""
-        return_TB = self._return_B + np.cumsum(np.where(valid_TB, rewards_TB, 0), axis=0, dtype=np.float64)
-        length_TB = self._length_B + np.cumsum(valid_TB, axis=0)
-        returns, lengths = [], []
-        before_B, steps_before_B = np.zeros_like(self._return_B), np.zeros_like(self._length_B)
-        for t, b in zip(*np.nonzero(ended_TB)):
-            returns.append(return_TB[t, b] - before_B[b])
-            lengths.append(length_TB[t, b] - steps_before_B[b])
-            before_B[b], steps_before_B[b] = return_TB[t, b], length_TB[t, b]
-        self._return_B, self._length_B = return_TB[-1] - before_B, length_TB[-1] - steps_before_B
-        return np.array(returns, np.float64), np.array(lengths, np.int64)
+        """Return returns and lengths of the episodes that ended here, in the order in which they did; carry the unfinished on."""
+        b_E, t_E = np.nonzero(ended_TB.T)  # environment by environment
+        is_first_E = np.diff(b_E, prepend=-1) > 0
+        is_last_E = np.diff(b_E, append=-1) != 0
+        by_time_E = np.argsort(t_E, kind="stable")
+        ended = []
+        for carried_B, amounts_TB in ((self._return_B, np.where(valid_TB, rewards_TB, 0)), (self._length_B, valid_TB)):
+            total_TB = np.cumsum(amounts_TB, axis=0, dtype=carried_B.dtype)
+            total_TB += carried_B
+            total_E = total_TB[t_E, b_E]
+            ended.append((total_E - np.where(is_first_E, 0, np.roll(total_E, 1)))[by_time_E])
+            carried_B[:] = total_TB[-1]
+            carried_B[b_E[is_last_E]] -= total_E[is_last_E]
+        returns_E, lengths_E = ended
+        return returns_E, lengths_E
 
 
-def _gumbel(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    uniform = rng.random(shape, np.float32)
-    np.maximum(uniform, np.finfo(np.float32).tiny, out=uniform)  # 0 has no logarithm
-    return -np.log(-np.log(uniform))
-
-
-def _log_probability(logits_TBA: np.ndarray, actions_TB: np.ndarray) -> np.ndarray:
-    top_TB1 = logits_TBA.max(axis=-1, keepdims=True)
-    log_sum_TB = np.log(np.exp(logits_TBA - top_TB1).sum(axis=-1)) + top_TB1[..., 0]
-    return np.take_along_axis(logits_TBA, actions_TB[..., None], axis=-1)[..., 0] - log_sum_TB
+def _log_probability(head: Head, outputs_TBO: np.ndarray, actions_TBK: np.ndarray, masks_TBA: np.ndarray | None) -> np.ndarray:
+    T, B = outputs_TBO.shape[:2]
+    masks_NA = None if masks_TBA is None else masks_TBA.reshape(T * B, -1)
+    evaluated = head.evaluate(outputs_TBO.reshape(T * B, -1), actions_TBK.reshape(T * B, -1), masks_NA)
+    return evaluated.logp_N.reshape(T, B)

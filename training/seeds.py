@@ -18,6 +18,8 @@ class Stream(IntEnum):
     EVALUATION_ENVIRONMENT = 6
     EVALUATION_ACTIONS = 7
     OBSERVATION_NOISE = 8
+    TUNING = 9
+    PERTURBATION = 10
 
 
 def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:

@@ -12,15 +12,15 @@ import typer
 from policies.errors import GateRefused, ReleaseRefused, TrainingFailed, TrimtabError
 from trimtab.cluster import prepare_environment, terminate_as_interrupt
 from trimtab.command import DONE, INTERRUPTED, NEGATIVE, UNUSABLE, console, escape
-from trimtab.commands import offline, online, release, whole_loop
+from trimtab.commands import curves, offline, online, release, tuning, whole_loop
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 release_app = typer.Typer(no_args_is_help=True, help="Deliver a version to traffic step by step, and take it back.")
 
-for command in (whole_loop.up, offline.train, offline.resume, offline.evaluate, offline.gate, offline.publish):
+for command in (whole_loop.up, offline.train, offline.resume, tuning.tune, offline.evaluate, offline.gate, offline.publish):
     app.command()(command)
 app.add_typer(release_app, name="release")
-for command in (online.serve, online.decide, online.drive, online.status, online.replay, online.down):
+for command in (online.serve, online.decide, online.drive, online.status, online.replay, online.down, curves.plot):
     app.command()(command)
 for command in (release.start, release.status, release.promote, release.pause, release.resume, release.abort, release.rollback):
     release_app.command()(command)

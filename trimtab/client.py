@@ -33,17 +33,20 @@ class Client:
 
     def decide(
         self,
-        observation: list[float],
+        observation: Any,
         *,
+        action_mask: list[int] | None = None,
         unit_id: str | None = None,
         episode_id: str | None = None,
         request_id: str | None = None,
     ) -> dict[str, Any]:
-        """Return the decision for one observation: action, decision_id, policy, version, arm, propensity, fallback.
+        """Return the decision for one observation (a number, lists or an object, as the policy's spaces say).
+
+        That is: action, decision_id, policy, version, arm, propensity, fallback. `action_mask` says which choices exist now.
 
         Raises `RequestInvalid`, `Unauthorized`, `Overloaded` as the endpoint answers, `ClusterError` when nothing answers.
         """
-        body = {"observation": observation, "unit_id": unit_id, "episode_id": episode_id}
+        body = {"observation": observation, "action_mask": action_mask, "unit_id": unit_id, "episode_id": episode_id}
         body = {key: value for key, value in body.items() if value is not None}
         return self._call("POST", "/v1/decide", {**body, "request_id": request_id or uuid.uuid4().hex})
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,29 @@ def terminate_as_interrupt() -> None:
     signal.signal(signal.SIGTERM, _raise_interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup: then a closed terminal is no reason to end
         signal.signal(signal.SIGHUP, _raise_interrupt)
+
+
+@contextmanager
+def first_interrupt_noted() -> Iterator[threading.Event]:
+    """Let the first Ctrl-C, SIGTERM or SIGHUP only set an event, so that the block can end in good order; the next interrupts."""
+    asked = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        restore()
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        restore()
 
 
 def _raise_interrupt(number: int, frame: FrameType | None) -> None:

@@ -15,8 +15,9 @@ import gymnasium
 import numpy as np
 
 from policies.errors import ClusterError
+from policies.spaces import ACTION_MASK
 from training.config import EnvironmentConfig
-from training.environment import read_spaces
+from training.environment import make_single, read_spaces
 from training.gates.intervals import mean_interval
 
 REQUEST_TIMEOUT_S = 10.0
@@ -119,7 +120,7 @@ class _Population:
         return self._tally.to_json(time.monotonic() - start_s)
 
     async def _play(self, session: aiohttp.ClientSession) -> None:
-        env = _make(self._environment)
+        env = make_single(self._environment)
         try:
             for index in self._episodes:
                 await self._play_episode(session, env, index)
@@ -130,17 +131,17 @@ class _Population:
 
     async def _play_episode(self, session: aiohttp.ClientSession, env: gymnasium.Env, index: int) -> None:
         unit = f"{self._name}-{index}"
-        observation, _ = env.reset(seed=self._seed + index)
+        observation, info = env.reset(seed=self._seed + index)
         answered_by: set[tuple[str, int]] = set()
         total, over = 0.0, False
         while not over:
             if self._stop.is_set():
                 return  # an episode that was cut off has no return
-            decision, latency_s = await self._decide(session, observation.tolist(), unit)
+            decision, latency_s = await self._decide(session, request_of(observation, info), unit)
             arm = decision["arm"], decision["version"]
             answered_by.add(arm)
             self._tally.latencies_s[arm].append(latency_s)
-            observation, reward, terminated, truncated, _ = env.step(decision["action"])
+            observation, reward, terminated, truncated, info = env.step(_to_action(env, decision["action"]))
             over, total = terminated or truncated, total + float(reward)
             self._feedback.append({"decision_id": decision["decision_id"], "reward": float(reward), "final": bool(over)})
         if len(answered_by) == 1:
@@ -148,8 +149,8 @@ class _Population:
         else:
             self._tally.mixed_returns.append(total)
 
-    async def _decide(self, session: aiohttp.ClientSession, observation: list[float], unit: str) -> tuple[dict[str, Any], float]:
-        body = {"observation": observation, "unit_id": unit, "episode_id": unit, "request_id": uuid.uuid4().hex}
+    async def _decide(self, session: aiohttp.ClientSession, request: dict[str, Any], unit: str) -> tuple[dict[str, Any], float]:
+        body = {**request, "unit_id": unit, "episode_id": unit, "request_id": uuid.uuid4().hex}
         for _ in range(MAX_ERRORS_IN_A_ROW):
             start_s = time.perf_counter()
             decision = await self._post(session, "/v1/decide", body)
@@ -188,8 +189,23 @@ class _Population:
         return None
 
 
-def _make(environment: EnvironmentConfig) -> gymnasium.Env:
-    return gymnasium.make(environment.id, max_episode_steps=environment.max_episode_steps, **environment.kwargs)
+def request_of(observation: Any, info: dict[str, Any]) -> dict[str, Any]:
+    """Return an environment's observation (and its action mask, if it gives one) as the body of a request."""
+    body = {"observation": _to_json(observation)}
+    return {**body, "action_mask": np.reshape(info[ACTION_MASK], -1).tolist()} if ACTION_MASK in info else body
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return [_to_json(part) for part in value]
+    return np.asarray(value).tolist()
+
+
+def _to_action(env: gymnasium.Env, action: Any) -> Any:
+    """Return an answered action as the environment's space holds it."""
+    return action if isinstance(action, int) else np.array(action, env.action_space.dtype)
 
 
 def _returns(values: list[float]) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 REFRESH_S = 1.0
+MENDED = ("worker_restarts", "environment_failures", "learner_restarts")
 PLAIN_EVERY_S = 10.0  # without a terminal a line now and then is a log, one per second is noise
 
 
@@ -28,11 +29,32 @@ def watch(console: Console, fetch: Callable[[], dict[str, Any]]) -> None:
 def status_view(status: dict[str, Any]) -> RenderableType:
     """Return the tables of a status document."""
     parts: list[RenderableType] = [_heading(status)]
+    if status.get("training"):
+        parts.append(Text(training_line(status["training"])))
     if status.get("arms"):
         parts.append(_arms_table(status["arms"]))
     if status.get("monitor") is None:
         parts.append(Text(status.get("reason") or "the monitor does not answer", style="yellow"))
     return Group(*parts)
+
+
+def training_line(run: dict[str, Any]) -> str:
+    """Return how the newest run stands, in one line."""
+    parts = [f"training run {run['run_id']} {run['state']}{_reason(run['stop_reason'])}", f"{run['env_steps']:,} steps"]
+    if run["state"] == "running" and run["env_steps_per_s"] is not None:
+        parts.append(f"{run['env_steps_per_s']:,.0f} steps/s")
+    if run["return_mean"] is not None:
+        interval = "" if run["return_low"] is None else f" [{run['return_low']:,.1f}, {run['return_high']:,.1f}]"
+        parts.append(f"return {run['return_mean']:,.1f}{interval}")
+    if run["evaluation_return_mean"] is not None:
+        target = "" if run["target_return"] is None else f" of {run['target_return']:,g}"
+        parts.append(f"greedy {run['evaluation_return_mean']:,.1f}{target}")
+    parts += [f"{run[count]} {count.replace('_', ' ')}" for count in MENDED if run[count]]
+    return " · ".join(parts)
+
+
+def _reason(stop_reason: str | None) -> str:
+    return {None: "", "target": " (target reached)", "patience": " (no better evaluation)"}.get(stop_reason, f" ({stop_reason})")
 
 
 def _heading(status: dict[str, Any]) -> Text:
@@ -81,6 +103,8 @@ def _line(status: dict[str, Any]) -> str:
     release = status.get("release")
     if release:
         arms.append(f"release {release['number']} {release['state']}, step {release['step'] + 1} of {len(release['weights'])}")
+    if status.get("training"):
+        arms.append(training_line(status["training"]))
     return f"{time.strftime('%H:%M:%S')} {status['policy']} " + "; ".join(arms)
 
 

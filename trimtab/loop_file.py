@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from policies.errors import ConfigError
 from policies.release import ReleaseConfig
 from policies.storage import DEFAULT_LOCATION, NAME_PATTERN
+from policies.torch_network import trust
 from serve_app.config import ServingConfig
 from training.config import EnvironmentConfig, TrainingConfig
 from training.gates.config import GatesConfig
+from training.tuning import TuningConfig
 
 
 class FeedbackConfig(BaseModel):
@@ -41,6 +43,7 @@ class LoopConfig(BaseModel):
     name: str
     environment: EnvironmentConfig
     training: TrainingConfig = TrainingConfig()
+    tuning: TuningConfig = TuningConfig()
     gates: GatesConfig = GatesConfig()
     serving: ServingConfig = ServingConfig()
     feedback: FeedbackConfig
@@ -51,6 +54,15 @@ class LoopConfig(BaseModel):
     def _has_a_threshold(self) -> Self:
         if self.training.target_return is None and self.gates.performance.min_return is None:
             raise ValueError("set training.target_return, or gates.performance.min_return: the gates need a threshold")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_served(self) -> Self:
+        if self.training.rllib_algorithm == "DQN" and self.serving.mode != "greedy":
+            raise ValueError(
+                f"serving.mode {self.serving.mode!r} has no meaning for rllib:DQN: it learns the values of actions, not how "
+                "probable each should be; set serving.mode to greedy"
+            )
         return self
 
     @field_validator("name")
@@ -83,6 +95,8 @@ def load_loop_file(path: Path, *, overrides: list[str] | None = None, storage: s
     except ValidationError as error:
         raise ConfigError(f"loop file {path}:\n" + "\n".join(_explain(problem) for problem in error.errors())) from None
     _make_importable(path.absolute().parent)
+    if config.training.module is not None:
+        trust(config.training.module)  # whoever runs this loop file runs that code anyway
     return config
 
 
@@ -129,6 +143,8 @@ def _explain(problem: Any) -> str:
 def _model_at(location: tuple[Any, ...]) -> type[BaseModel]:
     model: type[BaseModel] = LoopConfig
     for part in location:
+        if str(part) not in model.model_fields:
+            continue  # a key of a mapping, whose values the model describes
         annotation = model.model_fields[str(part)].annotation
         candidates = [annotation, *get_args(annotation)]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from actors.controller import Progress, TrainResult, train
 from actors.worker_pool import WorkerPool
@@ -21,17 +22,18 @@ from policies.policy import Policy
 from policies.registry import Registry, RegistryState, register_version, set_champion
 from policies.storage import Storage
 from policies.verdicts import GateReport, Verdict, require_passing
-from training.checkpoint import load_checkpoint, load_policy
+from training.checkpoint import load_checkpoint, load_golden, load_policy
+from training.config import TrainingConfig
 from training.environment import read_spaces
 from training.evaluation import Evaluation
 from training.gates import Incumbent, run_gates
-from training.runs import CONFIG, RunConfig, open_run, read_config
+from training.golden import golden_inputs
+from training.network import outputs_as_trained
+from training.runs import RESULT, RunConfig, newest_run, open_run, read_config
 from trimtab.loop_file import LoopConfig
 
-NUM_GOLDEN = 256
 GATE_REPORT = "gates.json"
-GOLDEN_OBSERVATIONS = "golden_observations.npy"
-RESULT = "result.json"
+GOLDEN_INPUTS = "golden_inputs.npz"
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,47 @@ def train_run(
     *,
     run_id: str | None,
     resume: bool,
+    force: bool,
     on_progress: Callable[[Progress], None],
     on_message: Callable[[str], None],
 ) -> TrainResult:
     """Train (or continue) a run; its result is kept beside its checkpoints, so that a finished run is known to be finished."""
     report = {"on_progress": on_progress, "on_message": on_message}
-    result = train(loop.environment, loop.training, storage, run_id=run_id, resume=resume, **report)
+    if resume and run_id is not None and not force:
+        loop = loop_of_run(loop, storage, run_id)  # with `force` the loop file stands as it is: that is what is forced
+    backend = train if loop.training.rllib_algorithm is None else _rllib_backend()
+    result = backend(loop.environment, loop.training, storage, run_id=run_id, resume=resume, force=force, **report)
     write_atomic(storage.run(result.run_id) / RESULT, canonical_json(result.to_json()))
     return result
+
+
+def loop_of_run(loop: LoopConfig, storage: Storage, run_id: str) -> LoopConfig:
+    """Return the loop file as it holds for a run: what a search chose for it stands instead of the training section's.
+
+    Raises `ConfigError` where the loop file has changed so that the two do not fit each other any more.
+    """
+    chosen = read_config(open_run(storage, run_id)).tuned_settings()
+    try:
+        training = TrainingConfig(**{**loop.training.model_dump(), **chosen})
+    except ValidationError as error:
+        raise ConfigError(f"run {run_id!r} has {chosen}, which does not fit the loop file's training section: {error}") from None
+    return loop.model_copy(update={"training": training})
+
+
+def _rllib_backend() -> Callable[..., TrainResult]:
+    from actors.rllib_backend import train_with_rllib  # here, not above: with torch and RLlib it takes seconds
+
+    return train_with_rllib
 
 
 def find_run(storage: Storage, run_id: str | None) -> str:
     """Return the run id, or the id of the run that was started last; raises `NotFound`."""
     if run_id is not None:
         return open_run(storage, run_id).name
-    runs = sorted(storage.runs.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
-    if not runs:
+    newest = newest_run(storage)
+    if newest is None:
         raise NotFound(f"no run in {storage.runs}; start one with `trimtab train`")
-    return runs[-1].parent.name
+    return newest.name
 
 
 def interrupted_run(loop: LoopConfig, storage: Storage) -> str | None:
@@ -87,7 +112,7 @@ def has_reached_target(storage: Storage, run_id: str) -> bool:
 
 
 def evaluate_run(loop: LoopConfig, storage: Storage, run_id: str, *, episodes: int, seed: int) -> Evaluation:
-    """Run episodes with the run's last checkpoint, in the serving mode of the loop file."""
+    """Run episodes with the run's best policy so far, in the serving mode of the loop file."""
     policy, _ = load_policy(storage.run(run_id))
     with _evaluation_pool(loop, policy) as pool:
         return pool.evaluate(policy, num_episodes=episodes, seed=seed, mode=loop.serving.mode)
@@ -101,12 +126,12 @@ def evaluate_version(loop: LoopConfig, storage: Storage, version: int, *, episod
 
 
 def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | None = None) -> GateReport:
-    """Judge the run's last checkpoint, compare it with the champion (or `against`), and keep the report in the run."""
+    """Judge the run's best policy so far, compare it with the champion (or `against`), and keep the report in the run."""
     policy, _ = load_policy(storage.run(run_id))
     registry = Registry(storage.registry(loop.name))
     version = against if against is not None else registry.state().champion
     with _evaluation_pool(loop, policy) as pool:
-        report, obs_ND = run_gates(
+        report, episodes = run_gates(
             policy,
             mode=loop.serving.mode,
             incumbent=_incumbent(registry, version) if version is not None else None,
@@ -117,15 +142,15 @@ def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | 
             now=time.time(),
         )
     run = storage.run(run_id)
-    np.save(run / GOLDEN_OBSERVATIONS, _golden_observations(policy, obs_ND, loop.gates.seed), allow_pickle=False)
+    np.savez(run / GOLDEN_INPUTS, **_golden_inputs(policy, episodes, loop.gates.seed))
     write_atomic(run / GATE_REPORT, canonical_json(report.to_json()))
     return report
 
 
 def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gates: str | None = None) -> Published:
-    """Pack the run's last checkpoint with its gate report and register it; the first passing version becomes champion.
+    """Pack the run's best policy with its gate report and register it; the first passing version becomes champion.
 
-    Raises `GateRefused` when the report is missing, of another checkpoint, or not passing (without a break-glass reason).
+    Raises `GateRefused` when the report is missing, of another policy, or not passing (without a break-glass reason).
     """
     run = storage.run(run_id)
     policy, metadata = load_policy(run)
@@ -136,8 +161,9 @@ def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gat
     require_passing(report, policy.sha256(), override=override_gates, what=f"run {run_id} not published")
     registry = Registry(storage.registry(loop.name))
     _require_current(report, loop, registry.state(), run_id)
+    origin = _origin(loop_of_run(loop, storage, run_id), run_id, metadata)
     version = _passing_version(registry.state(), policy) or _register(
-        loop, registry, run, policy, report, origin=_origin(loop, run_id, metadata), override_gates=override_gates
+        loop, registry, run, policy, report, origin=origin, override_gates=override_gates
     )
     state = registry.state()
     if state.champion is None and state.version(version).gate_verdict is Verdict.PASS:
@@ -162,14 +188,11 @@ def _register(
     origin: dict[str, Any],
     override_gates: str | None,
 ) -> int:
-    from training.ppo import action_probabilities  # torch: only this step needs it in this process
-
-    obs_ND = np.load(run / GOLDEN_OBSERVATIONS, allow_pickle=False)
     now = time.time()
     bundle = write_bundle(
         registry.bundles,
         policy=policy,
-        golden=Golden(obs_ND, action_probabilities(policy, obs_ND)),  # torch, as in training; the bundle is read with numpy
+        golden=_golden(run, policy),
         gate_report=report,
         override_gates=override_gates,
         mode=loop.serving.mode,
@@ -222,16 +245,19 @@ def _min_return(loop: LoopConfig) -> float:
     return threshold
 
 
-def _golden_observations(policy: Policy, obs_ND: np.ndarray, seed: int) -> np.ndarray:
-    """Draw observations that the policy really meets, and add the corners: zeros and far out on every feature's both sides."""
-    rng = np.random.default_rng(seed)
-    drawn = obs_ND[rng.choice(len(obs_ND), min(NUM_GOLDEN, len(obs_ND)), replace=False)]
-    spaces = policy.spaces
-    far_D = 10 * np.abs(obs_ND).max(axis=0) + 1
-    low_D = np.where(np.isfinite(spaces.low_D), spaces.low_D, -far_D)
-    high_D = np.where(np.isfinite(spaces.high_D), spaces.high_D, far_D)
-    corners = [np.zeros_like(low_D), low_D, high_D]
-    return np.concatenate([drawn, np.stack(corners)]).astype(np.float32)
+def _golden_inputs(policy: Policy, episodes: Evaluation, seed: int) -> dict[str, np.ndarray]:
+    obs_ND, masks_NA = golden_inputs(policy.spaces, episodes.obs_ND, episodes.masks_NA, seed=seed)
+    return {"observations": obs_ND, **({} if masks_NA is None else {"masks": masks_NA})}
+
+
+def _golden(run: Path, policy: Policy) -> Golden:
+    """Return the golden vectors: what RLlib computed while it trained, or what our code computes for what the gates kept."""
+    golden = load_golden(run)
+    if golden is not None:
+        return golden
+    with np.load(run / GOLDEN_INPUTS, allow_pickle=False) as inputs:
+        obs_ND, masks_NA = inputs["observations"], inputs.get("masks")
+    return Golden(obs_ND, policy.distribution.parameters(outputs_as_trained(policy, obs_ND), masks_NA), masks_NA)
 
 
 def _origin(loop: LoopConfig, run_id: str, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import numpy as np
-
 from policies.bundle import read_bundle
+from policies.distributions import seed_of
 from policies.errors import NotFound
-from policies.policy import choose, seed_of
 from policies.records import find_decision
 from policies.registry import Registry
 from policies.storage import Storage
@@ -21,10 +19,11 @@ def replay(storage: Storage, policy_name: str, decision_id: str) -> dict[str, An
     if decision is None:
         raise NotFound(f"decision {decision_id!r} is not in {storage.decisions(policy_name)}")
     bundle = read_bundle(Registry(storage.registry(policy_name)).bundles / decision.digest, expected_digest=decision.digest)
-    observation_D = np.array(decision.observation, np.float32)
-    probabilities_A = bundle.policy.probabilities(observation_D[None])[0]
-    index, propensity = choose(probabilities_A, decision.mode, decision.seed)
-    action = index + bundle.policy.spaces.action_start
+    policy = bundle.policy
+    obs_D = policy.spaces.check_observation(decision.observation)
+    mask_A = policy.spaces.check_mask(decision.action_mask)
+    parameters_P = policy.distributions(obs_D[None], None if mask_A is None else mask_A[None])[0]
+    action, propensity = policy.distribution.choose(parameters_P, decision.mode, decision.seed)
     return {
         "decision_id": decision_id,
         "version": decision.version,

@@ -3,11 +3,12 @@
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from policies.storage import open_storage
 from tests.bundles import make_registry
-from tests.command_line import free_port, serving_processes, trimtab_json
+from tests.command_line import SERVING, free_port, serving_processes, trimtab_json
 
 pytestmark = pytest.mark.ray
 
@@ -45,7 +46,8 @@ def test_a_server_that_is_ended_in_the_second_it_is_ready_leaves_nothing_either(
     """HAProxy is being reloaded for the new replica in that second."""
     before = serving_processes()
     trimtab_json("serve", "--detach", "--address", "local", "--set", f"serving.port={free_port()}", storage=storage)
-    assert serving_processes() > before
+    started = {psutil.Process(pid).name() for pid in serving_processes() - before}
+    assert all(any(part in name for name in started) for part in SERVING), started  # else what is gone below could not stay
     trimtab_json("down", storage=storage)
     assert (storage / "serve.log").read_text().rstrip().endswith("stopped")  # the clean way out, not Ray's own exit
     _assert_all_gone(before)

@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,31 +15,13 @@ from actors.controller import Progress, TrainResult, train
 from actors.worker_pool import WorkerPool
 from policies.errors import ConfigError, EnvironmentFailed, NotFound, TrainingFailed
 from policies.storage import Storage, open_storage
+from tests.training_runs import CARTPOLE, SHORT, Driver, changed
 from training.checkpoint import load_checkpoint, load_policy
 from training.config import EnvironmentConfig, TrainingConfig
 from training.evaluation import evaluate
+from training.runs import RunConfig, create_run
 
 pytestmark = pytest.mark.ray
-
-REPOSITORY = Path(__file__).parents[2]
-CARTPOLE = EnvironmentConfig(id="CartPole-v1")
-# 4 shards x 8 environments x 16 steps = 512 steps per update; small, because bits are compared here and not learning speed
-SHORT = TrainingConfig(
-    num_shards=4,
-    num_env_runners=2,
-    num_envs_per_shard=8,
-    rollout_fragment_length=16,
-    minibatch_size=256,
-    num_epochs=2,
-    hidden=(16,),
-    num_cpus_per_env_runner=0.25,
-    max_env_steps=6_000,
-    checkpoint_every_updates=3,
-    evaluation_every_updates=5,
-    evaluation_episodes=5,
-    seed=11,
-    normalize_observations=True,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,10 +44,6 @@ def undisturbed_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 @pytest.fixture(scope="module")
 def undisturbed(undisturbed_storage: Storage) -> TrainResult:
     return train(CARTPOLE, SHORT, undisturbed_storage, run_id="undisturbed")
-
-
-def changed(**changes) -> TrainingConfig:
-    return TrainingConfig(**{**SHORT.model_dump(), **changes})
 
 
 def test_cartpole_is_solved_with_the_defaults(storage: Storage):
@@ -121,12 +97,53 @@ def test_resumed_run_ends_with_the_same_parameters(
     assert metrics == list(range(1, result.updates + 1))
 
 
+def test_asynchronous_run_is_as_reproducible_as_a_synchronous_one(storage: Storage, undisturbed: TrainResult):
+    """Fragments two versions behind, for 1, 2 and 4 workers, and killed on the way: the same bits, and others than with lag 0."""
+    ahead = {"max_staleness": 2, "checkpoint_every_updates": 5}
+    progress: list[Progress] = []
+    result = train(CARTPOLE, changed(**ahead), storage, on_progress=progress.append)
+    # After each restart of the environments (updates 0, 5, 10) the first fragment is up to date, the next lag 1 and then 2.
+    assert [row.losses.lag_max for row in progress] == [(0, 1, 2, 2, 2)[update % 5] for update in range(result.updates)]
+    for num_env_runners in (1, 4):
+        other = train(CARTPOLE, changed(**ahead, num_env_runners=num_env_runners), storage)
+        assert other.parameters_sha256 == result.parameters_sha256
+    with pytest.raises(Interrupted):
+        train(CARTPOLE, changed(**ahead), storage, run_id="cut", on_progress=interrupt_after(8))
+    resumed = train(CARTPOLE, changed(**ahead), storage, run_id="cut", resume=True)
+    assert resumed.parameters_sha256 == result.parameters_sha256
+    assert train(CARTPOLE, changed(checkpoint_every_updates=5), storage).parameters_sha256 != result.parameters_sha256
+
+
+def test_changed_settings_are_refused_without_force_and_some_with_it(storage: Storage):
+    train(CARTPOLE, changed(max_env_steps=1_000), storage, run_id="forced")
+    again = {"run_id": "forced", "resume": True}
+    with pytest.raises(ConfigError, match=r"lr 0\.003 -> 0\.001.*--force"):
+        train(CARTPOLE, changed(lr=0.001), storage, **again)
+    assert train(CARTPOLE, changed(lr=0.001, max_env_steps=2_000), storage, **again, force=True).env_steps >= 2_000
+    with pytest.raises(ConfigError, match=r"hidden \(16,\) -> \(32,\)"):
+        train(CARTPOLE, changed(hidden=(32,), lr=0.001), storage, **again, force=True)
+    with pytest.raises(ConfigError, match="was trained on"):
+        train(EnvironmentConfig(id="Acrobot-v1"), changed(lr=0.001), storage, **again, force=True)
+
+
+def test_run_stops_when_it_does_not_get_better(storage: Storage):
+    """The value of patience, on an environment where every policy's return is 10."""
+    constant = EnvironmentConfig(id="tests.training_environments:Constant-v0", max_episode_steps=10)
+    result = train(constant, changed(patience=2, evaluation_every_updates=1, max_env_steps=10**6), storage)
+    assert (result.stop_reason, result.updates, result.best_return_mean) == ("patience", 3, 10)
+
+
 def test_resuming_a_finished_run_changes_nothing(undisturbed_storage: Storage, undisturbed: TrainResult):
     progress: list[Progress] = []
     again = train(CARTPOLE, SHORT, undisturbed_storage, run_id="undisturbed", resume=True, on_progress=progress.append)
     assert progress == [] and again.checkpoint == undisturbed.checkpoint
     assert again.parameters_sha256 == undisturbed.parameters_sha256
     assert again.evaluation_return_mean == undisturbed.evaluation_return_mean
+
+
+def test_run_that_was_killed_before_its_first_checkpoint_starts_again(storage: Storage, undisturbed: TrainResult):
+    create_run(storage, "created", RunConfig(CARTPOLE, SHORT))
+    assert train(CARTPOLE, SHORT, storage, run_id="created", resume=True).parameters_sha256 == undisturbed.parameters_sha256
 
 
 def test_resume_refuses_what_it_cannot_continue(undisturbed_storage: Storage, undisturbed: TrainResult):
@@ -136,31 +153,12 @@ def test_resume_refuses_what_it_cannot_continue(undisturbed_storage: Storage, un
         train(CARTPOLE, changed(lr=0.5), undisturbed_storage, run_id="undisturbed", resume=True)
 
 
-DRIVER = """
-import sys, ray
-from actors.controller import train
-from policies.storage import open_storage
-from training.config import EnvironmentConfig, TrainingConfig
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-training = TrainingConfig.model_validate_json(sys.argv[2])
-train(EnvironmentConfig(id="CartPole-v1"), training, open_storage(sys.argv[1]), run_id="killed",
-      on_progress=lambda progress: print(progress.update, flush=True))
-"""
-
-
 def test_killed_driver_leaves_a_run_that_ends_with_the_same_parameters(storage: Storage, undisturbed: TrainResult):
     # A cluster of its own: the processes of a driver that is killed without warning must not outlive it either.
-    command = [sys.executable, "-c", DRIVER, str(storage.root), SHORT.model_dump_json()]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    driver = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(120, driver.kill)
-    watchdog.start()
-    for line in driver.stdout:
-        if line.strip() == "7":  # generations 0, 3 and 6 are saved, updates 7 and perhaps 8 will be made again
-            break
-    driver.send_signal(signal.SIGKILL)
-    watchdog.cancel()
-    assert driver.wait(timeout=30) == -signal.SIGKILL
+    with Driver("local", storage, "killed", SHORT) as driver:
+        driver.wait_for_updates(7)  # generations 0, 3 and 6 are saved, updates 7 and perhaps 8 will be made again
+        driver.process.kill()
+        assert driver.process.wait(timeout=30) == -signal.SIGKILL
     result = train(CARTPOLE, SHORT, storage, run_id="killed", resume=True)
     assert result.parameters_sha256 == undisturbed.parameters_sha256
     assert result.updates == undisturbed.updates
@@ -189,19 +187,41 @@ def test_environment_that_raises_once_is_made_again(storage: Storage, tmp_path: 
     assert (tmp_path / "happened").exists()
 
 
+@pytest.mark.parametrize("fault", ["raise_own", "exit"])
+def test_environment_in_a_process_of_its_own_that_fails_once_is_made_again(storage: Storage, tmp_path: Path, fault: str):
+    """What it raises cannot be pickled, or nothing is left of it that could be closed."""
+    kwargs = {"fault": fault, "once": str(tmp_path / "happened")}
+    environment = EnvironmentConfig(
+        id="tests.training_environments:Faulty-v0", kwargs=kwargs, max_episode_steps=10, vectorization="async"
+    )
+    progress: list[Progress] = []
+    small = changed(num_envs_per_shard=2, num_shards=2, minibatch_size=32, max_env_steps=200)
+    assert train(environment, small, storage, on_progress=progress.append).env_steps >= 200
+    assert progress[-1].environment_failures == 1 and (tmp_path / "happened").exists()
+
+
+@pytest.mark.parametrize("name", ["Masked-v0", "MaskedInTheSameStep-v0"])
+def test_a_run_keeps_to_action_masks_and_ends_as_a_policy_that_does(storage: Storage, name: str):
+    environment = EnvironmentConfig(id=f"tests.training_environments:{name}", kwargs={"observed": True, "last": "zeros"})
+    result = train(environment, changed(max_env_steps=20_000, lr=0.01, target_return=5), storage)
+    policy, _ = load_policy(storage.run(result.run_id))
+    assert policy.spaces.has_mask and result.reached_target
+    assert evaluate(environment, policy, num_episodes=3, seed=0).returns_E.tolist() == [5] * 3  # 2 + 2 + 1, the best there is
+
+
 def test_environment_that_always_raises_ends_the_run_with_its_own_traceback(storage: Storage):
     environment = EnvironmentConfig(id="tests.training_environments:Faulty-v0", kwargs={"fault": "raise"})
     with pytest.raises(EnvironmentFailed) as raised:
         train(environment, SHORT, storage, run_id="faulty")
     message = str(raised.value)
-    assert "gave up after 3 attempts" in message and "the cart left the building" in message
+    assert "gave up after 5 attempts" in message and "the cart left the building" in message
     assert "training_environments.py" in message and message.count("Traceback") == 1
     assert load_checkpoint(storage.run("faulty")).state["update"] == 0  # resumable, once the environment is mended
 
 
 def test_environment_that_always_kills_its_process_ends_the_run(storage: Storage):
     environment = EnvironmentConfig(id="tests.training_environments:Faulty-v0", kwargs={"fault": "exit"})
-    with pytest.raises(TrainingFailed, match="worker died 3 times"):
+    with pytest.raises(TrainingFailed, match="worker died 5 times"):
         train(environment, SHORT, storage)
 
 

@@ -1,13 +1,17 @@
 """Is a bundle refused when any byte of it is not what was packed?"""
 
+import io
+import json
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from policies.bundle import FILES, MANIFEST, Golden, check_golden, read_bundle
+from policies.bundle import FILES, MANIFEST, Golden, _decode_golden, _decode_safetensors, check_golden, read_bundle
 from policies.errors import GateRefused, IntegrityError
 from policies.integrity import canonical_json, parse_json, sha256_hex
 from policies.policy import Policy
@@ -95,10 +99,89 @@ def test_a_manifest_that_takes_back_the_override_is_refused(tmp_path: Path) -> N
         read_bundle(_rehash(bundle.path))
 
 
+def _header_with(**changes: Any) -> bytes:
+    """Return a safetensors file of two numbers, its entry changed."""
+    header = canonical_json({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}})
+    return len(header).to_bytes(8, "little") + header + bytes(8)
+
+
+def test_a_tensor_that_is_not_at_a_whole_number_of_bytes_is_refused() -> None:
+    assert _decode_safetensors(_header_with(), {"x": (2,)})["x"].tolist() == [0, 0]  # the control
+    for offsets in ([0.0, 8.0], [False, 8], [-8, 0], [8, 16], ["0", "8"], [0], None):
+        with pytest.raises(IntegrityError):
+            _decode_safetensors(_header_with(data_offsets=offsets), {"x": (2,)})
+
+
+def _packed(compression: int, **members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data)
+    return buffer.getvalue()
+
+
+def _declaring(shape: tuple[int, ...]) -> bytes:
+    """Return the header of an array of this shape, and none of its numbers."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"PK",
+        _packed(zipfile.ZIP_STORED, observations=b"no array"),
+        _packed(zipfile.ZIP_STORED, observations=_declaring((1 << 50,))),
+        _packed(zipfile.ZIP_DEFLATED, observations=_declaring((2,)))[:-30] + bytes(30),
+    ],
+)
+def test_golden_vectors_that_nobody_wrote_are_refused(data: bytes) -> None:
+    with pytest.raises(IntegrityError, match=r"golden\.npz cannot be read"):
+        _decode_golden(data, "golden.npz")
+
+
+def test_a_single_number_is_no_golden_vector() -> None:
+    with pytest.raises(IntegrityError, match="golden vectors have shapes"):
+        check_golden(make_policy(), Golden(np.array(1, np.float32), np.array(1.0)))
+
+
+NUMBERS = {"kind": "box", "shape": [1], "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spaces": {"action": NUMBERS}}, "Gaussian head"),
+        ({"network": {"gaussian": {"squash": "clip", "std": "parameter"}}}, "Gaussian head"),
+        ({"network": {"kind": "cnn", "convolutions": [[1, 1, 1]]}}, "network does not fit"),
+        ({"network": {"hidden": [1e999]}}, "network description"),
+        ({"network": {"kind": "module", "factory": "a:b", "kwargs": {}, "tensors": {"w": [-1, -4]}}}, "negative size"),
+    ],
+)
+def test_a_manifest_whose_parts_do_not_fit_each_other_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    bundle = make_bundle(tmp_path, make_policy())
+    manifest = parse_json((bundle.path / MANIFEST).read_bytes(), "manifest")
+    for section, values in changes.items():
+        manifest[section] |= values
+    data = json.dumps(manifest).replace("Infinity", "1e999").encode()
+    (bundle.path / MANIFEST).write_bytes(data)
+    with pytest.raises(IntegrityError, match=words):
+        read_bundle(bundle.path, expected_digest=sha256_hex(data))
+
+
+def test_a_manifest_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, make_policy())
+    (bundle.path / MANIFEST).write_bytes(b"[]")
+    with pytest.raises(IntegrityError, match="files are not exactly"):
+        read_bundle(bundle.path, expected_digest=sha256_hex(b"[]"))
+
+
 def test_golden_vectors_find_a_policy_without_its_normaliser() -> None:
     policy = make_policy()
     obs_ND = np.random.default_rng(3).standard_normal((32, 4)).astype(np.float32)
-    golden = Golden(obs_ND, policy.probabilities(obs_ND))
+    golden = Golden(obs_ND, policy.distributions(obs_ND))
     check_golden(policy, golden)
     identity = {"normaliser.mean": np.zeros(4, np.float32), "normaliser.scale": np.ones(4, np.float32)}
     forgetful = Policy(policy.spaces, policy.architecture, {**policy.tensors, **identity})
@@ -109,11 +192,11 @@ def test_golden_vectors_find_a_policy_without_its_normaliser() -> None:
 def test_golden_vectors_with_nan_or_too_few_rows_are_refused() -> None:
     policy = make_policy()
     obs_ND = np.zeros((32, 4), np.float32)
-    golden = Golden(obs_ND, policy.probabilities(obs_ND))
+    golden = Golden(obs_ND, policy.distributions(obs_ND))
     with pytest.raises(IntegrityError, match="differs"):
-        check_golden(policy, replace(golden, probabilities_NA=np.full((32, 2), np.nan)))
+        check_golden(policy, replace(golden, distributions_NP=np.full((32, 2), np.nan)))
     with pytest.raises(IntegrityError, match="at least 16 rows"):
-        check_golden(policy, Golden(obs_ND[:4], policy.probabilities(obs_ND[:4])))
+        check_golden(policy, Golden(obs_ND[:4], policy.distributions(obs_ND[:4])))
 
 
 def _rehash(path: Path) -> Path:

@@ -5,12 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
+from policies.distributions import Categorical
 from policies.errors import EnvironmentFailed
-from policies.policy import Architecture, Policy, choose
+from policies.network import Architecture
+from policies.policy import Policy
+from policies.spaces import Choices
 from training import evaluation
 from training.config import EnvironmentConfig
 from training.environment import read_spaces
-from training.evaluation import choose_rows, chunks_of, evaluate, evaluate_chunk, join
+from training.evaluation import chunks_of, evaluate, evaluate_chunk, join
 from training.learner_state import LearnerState
 from training.network import Layout
 
@@ -36,7 +39,8 @@ def test_counts_one_whole_episode_per_row():
     assert result.returns_E.tolist() == [18] * 5
     assert result.lengths_E.tolist() == [3] * 5
     assert result.obs_ND[:, 0].tolist() == [0] * 5 + [1] * 5 + [2] * 5  # what the policy saw, not what followed
-    assert result.actions_N.tolist() == [1] * 15
+    assert result.actions_N.tolist() == [6] * 15  # the environment's own action
+    assert result.masks_NA is None
     assert result.episode_N.tolist() == [0, 1, 2, 3, 4] * 3
 
 
@@ -86,9 +90,10 @@ def test_rows_of_a_batch_choose_like_single_decisions():
         def random(self, shape):
             return uniforms
 
-    expected = [choose(row, "sample", seed)[0] for row, seed in zip(probabilities_BA, seeds)]
-    assert choose_rows(probabilities_BA, "sample", FixedNumbers()).tolist() == expected == [1, 0, 1]
-    assert choose_rows(probabilities_BA, "greedy", FixedNumbers()).tolist() == [2, 0, 1]
+    distribution = Categorical(Choices("discrete", (3,), (5,), ()))
+    expected = [distribution.choose(row, "sample", seed)[0] for row, seed in zip(probabilities_BA, seeds)]
+    assert distribution.choose_rows(probabilities_BA, "sample", FixedNumbers()).tolist() == expected == [6, 5, 6]
+    assert distribution.choose_rows(probabilities_BA, "greedy", FixedNumbers()).tolist() == [7, 5, 6]
 
 
 def test_an_environment_that_never_ends_is_an_error(monkeypatch):

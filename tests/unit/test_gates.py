@@ -66,6 +66,23 @@ def _safety(bad_episodes: int, episodes: int, *, share: float = 1.0, max_rate: f
     return judge_safety(constraint, obs_ESD.reshape(-1, 2), actions_N, episode_N, config=config, confidence=0.95)
 
 
+@pytest.mark.parametrize(
+    ("actions_N", "forbidden"), [(np.array([5, 6]), 6), (np.array([[0, 0.5], [1, -1]], np.float32), [1, -1])]
+)
+def test_the_constraint_is_asked_about_the_environments_own_actions(actions_N: np.ndarray, forbidden: object) -> None:
+    asked = []
+
+    def constraint(obs_D: np.ndarray, action: object) -> bool:
+        asked.append(action)
+        return not np.array_equal(action, forbidden)
+
+    config = SafetyConfig(constraint="tests:x")
+    result = judge_safety(constraint, np.zeros((2, 1)), actions_N, np.arange(2), config=config, confidence=0.95)
+    assert [np.asarray(action).tolist() for action in asked] == actions_N.tolist()
+    assert all(type(action) is int for action in asked) == (actions_N.ndim == 1)  # a Discrete action is a plain integer
+    assert result.numbers["first_violations"] == [{"observation": [0.0], "action": forbidden}]
+
+
 def test_safety_is_three_valued_and_shows_the_first_violations() -> None:
     # Without a violation in n episodes the gambler who stakes everything, with a quarter of the capital, has 0.25 / (1 - m)^n. A
     # rate m is excluded when that reaches 2 / 0.05: from 1 - (0.25 * 0.025)^(1/n) = 0.0495 on for n = 100, so 0.05 is proven.
@@ -136,7 +153,7 @@ def test_all_gates_share_seeds_and_the_report_names_the_policy() -> None:
         return _Rows(np.full(num_episodes, 500.0), obs_ND, np.zeros(5000, int), np.arange(5000) // 50)
 
     config = GatesConfig(seed=11, safety=SafetyConfig(constraint="training.gates.safety:no_constraint"))
-    report, obs_ND = run_gates(
+    report, clean = run_gates(
         policy,
         mode="greedy",
         incumbent=Incumbent(1, make_policy(1), "sample"),
@@ -149,4 +166,5 @@ def test_all_gates_share_seeds_and_the_report_names_the_policy() -> None:
     assert modes == ["greedy", "sample", "greedy", "greedy"]  # each in the mode in which it is served
     assert report.verdict is Verdict.PASS and report.policy_sha256 == policy.sha256() and report.incumbent_version == 1
     assert [seed for seed, _ in asked[:2]] == [11, 11]  # candidate and incumbent start from the same states
-    np.testing.assert_allclose(asked[2][1], 0.05 * obs_ND.std(axis=0), rtol=1e-5)  # noise is a share of each feature's spread
+    spread_D = clean.obs_ND.std(axis=0)
+    np.testing.assert_allclose(asked[2][1], 0.05 * spread_D, rtol=1e-5)  # noise is a share of each feature's spread

@@ -3,12 +3,11 @@
 import asyncio
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from policies.policy import choose, seed_of
+from policies.distributions import seed_of
 from policies.records import Decision, LogTail
 from policies.registry import Registry
 from policies.storage import Storage, open_storage
@@ -63,7 +62,7 @@ def test_a_logged_decision_replays_bit_for_bit_from_any_batch(storage: Storage, 
     assert len(decisions) == batch_size
     for decision in decisions:
         obs_1D = np.array([decision.observation]).astype(np.float32)
-        again = choose(policy.probabilities(obs_1D)[0], decision.mode, decision.seed)
+        again = policy.distribution.choose(policy.distributions(obs_1D)[0], decision.mode, decision.seed)
         assert again == (decision.action, decision.propensity)  # equal floats, not close ones
 
 
@@ -72,7 +71,7 @@ def test_another_version_would_not_reproduce_the_log(storage: Storage) -> None:
     decide_all(storage, replica_of(storage), [{"observation": obs} for obs in observations(32)])
     other = random_policy(99)
     obs_BD = np.array([decision.observation for decision in logged(storage)]).astype(np.float32)
-    again = [choose(p_A, "sample", d.seed) for p_A, d in zip(other.probabilities(obs_BD), logged(storage))]
+    again = [other.distribution.choose(p_A, "sample", d.seed) for p_A, d in zip(other.distributions(obs_BD), logged(storage))]
     assert not any(propensity == decision.propensity for (_, propensity), decision in zip(again, logged(storage)))
 
 
@@ -157,7 +156,7 @@ def test_the_split_and_the_mixture_propensity_are_what_the_plan_says(storage: St
         assert (decision.plan, decision.release) == (4, 1)
         assert (decision.arm, decision.version) == (assign(decision.unit_id, plan).name, 2 if decision.arm == "canary" else 1)
         obs_1D = np.array([decision.observation]).astype(np.float32)
-        p = {version: policy.probabilities(obs_1D)[0][decision.action] for version, policy in policies.items()}
+        p = {version: policy.distributions(obs_1D)[0][decision.action] for version, policy in policies.items()}
         assert decision.propensity == p[decision.version]
         assert decision.mixture_propensity == pytest.approx(0.25 * p[2] + 0.75 * p[1], abs=1e-15)
 
@@ -165,16 +164,16 @@ def test_the_split_and_the_mixture_propensity_are_what_the_plan_says(storage: St
 class NanForPositive(Variant):
     """A version whose network overflows on some observations."""
 
-    def probabilities(self, obs_BD: np.ndarray) -> np.ndarray:
-        probabilities_BA = super().probabilities(obs_BD).copy()
-        probabilities_BA[obs_BD[:, 1] > 0] = np.nan
-        return probabilities_BA
+    def distributions(self, obs_BD: np.ndarray, mask_BA: np.ndarray | None) -> np.ndarray:
+        parameters_BP = super().distributions(obs_BD, mask_BA).copy()
+        parameters_BP[obs_BD[:, 1] > 0] = np.nan
+        return parameters_BP
 
 
 class Raising(Variant):
     """A version whose code fails."""
 
-    def probabilities(self, obs_BD: np.ndarray) -> np.ndarray:
+    def distributions(self, obs_BD: np.ndarray, mask_BA: np.ndarray | None) -> np.ndarray:
         raise FloatingPointError("matrix is tired")
 
 
@@ -190,7 +189,7 @@ def test_a_canary_that_raises_is_answered_for_by_the_champion(storage: Storage) 
     assert (decision.arm, decision.version, decision.digest) == ("canary", 1, "digest-1")
     assert reply.json()["fallback"] == decision.fallback
     assert decision.fallback is not None and "matrix is tired" in decision.fallback
-    champions = random_policy(1).probabilities(np.array([[0.1, 0.2, 0.3, 0.4]], np.float32))[0][decision.action]
+    champions = random_policy(1).distributions(np.array([[0.1, 0.2, 0.3, 0.4]], np.float32))[0][decision.action]
     # The canary's share is answered by the champion as well, so the mixture is the champion: 1.0 * p + 0.0 * p.
     assert decision.propensity == decision.mixture_propensity == champions
 
@@ -217,17 +216,15 @@ def test_greedy_sends_the_most_probable_action_with_certainty(storage: Storage) 
     put_in_force(replica, champion_only(9, 1), variant_of(1, random_policy(1), mode="greedy"))
     decide_all(storage, replica, [{"observation": obs} for obs in observations(20)])
     for decision in logged(storage):
-        p_A = random_policy(1).probabilities(np.array([decision.observation]).astype(np.float32))[0]
+        p_A = random_policy(1).distributions(np.array([decision.observation]).astype(np.float32))[0]
         assert (decision.action, decision.propensity) == (int(p_A.argmax()), 1.0)
 
 
 def test_the_action_sent_counts_from_the_spaces_first_action(storage: Storage) -> None:
-    replica, policy = replica_of(storage), random_policy(1)
-    shifted = SimpleNamespace(spaces=SimpleNamespace(**vars(policy.spaces)), probabilities=policy.probabilities)
-    shifted.spaces.action_start, shifted.spaces.check_observation = 5, policy.spaces.check_observation
-    put_in_force(replica, champion_only(9, 1), Variant(1, "d", shifted, "greedy"))  # type: ignore[arg-type]
+    replica, policy = replica_of(storage), random_policy(1, start=5)
+    put_in_force(replica, champion_only(9, 1), variant_of(1, policy, mode="greedy"))
     [reply] = decide_all(storage, replica, [{"observation": [0, 0, 0, 0]}])
-    index = int(policy.probabilities(np.zeros((1, 4), np.float32))[0].argmax())
+    index = int(policy.distributions(np.zeros((1, 4), np.float32))[0].argmax())
     assert reply.json()["action"] == logged(storage)[0].action == 5 + index
 
 

@@ -32,7 +32,7 @@ def test_the_example_is_valid_and_overrides_win(tmp_path: Path) -> None:
         (MINIMAL + "trainig: {}\n", r"trainig: unknown key; did you mean 'training'\? allowed: name, environment"),
         (
             MINIMAL.replace("target_return: 475", "learning_rate: 1"),
-            r"training\.learning_rate: unknown key; .*allowed: lr, gamma",
+            r"training\.learning_rate: unknown key; .*allowed: algorithm, rllib, lr, gamma",
         ),
         (MINIMAL + "gates: {safety: {constrain: a}}\n", r"gates\.safety\.constrain: unknown key; did you mean 'constraint'"),
         (MINIMAL + "serving: {port: many}\n", r"serving\.port: .*integer.*'many'"),

@@ -8,15 +8,16 @@ import pytest
 
 from policies.errors import GateRefused
 from policies.integrity import canonical_json, write_atomic
-from policies.policy import Architecture
 from policies.registry import Registry
 from policies.storage import Storage, open_storage
 from policies.verdicts import GateReport, Verdict
 from tests.bundles import make_report
 from training.checkpoint import load_policy, save_checkpoint
 from training.environment import read_spaces
+from training.evaluation import evaluate
+from training.golden import NUM_GOLDEN
 from training.learner_state import LearnerState
-from training.network import Layout
+from training.network import layout_of
 from training.runs import RunConfig, create_run
 from trimtab import pipeline
 from trimtab.loop_file import LoopConfig, load_loop_file
@@ -37,9 +38,14 @@ def storage(tmp_path: Path) -> Storage:
 def _make_run(loop: LoopConfig, storage: Storage, run_id: str = "r", *, seed: int = 0) -> Path:
     """Make a run with the checkpoint that training starts from."""
     run = create_run(storage, run_id, RunConfig(loop.environment, loop.training))
-    layout = Layout(read_spaces(loop.environment), Architecture(loop.training.hidden, loop.training.activation))
+    layout = layout_of(read_spaces(loop.environment), loop.training)
     state = LearnerState.initial(layout, seed)
-    described = {**state.counters(), "spaces": layout.spaces.to_json(), "network": layout.architecture.to_json()}
+    described = {
+        **state.counters(),
+        "spaces": layout.spaces.to_json(),
+        "network": layout.architecture.to_json(),
+        "vf_share_layers": layout.shares_layers,
+    }
     save_checkpoint(run, update=0, tensors=state.to_tensors(layout), state=described, keep=2)
     return run
 
@@ -50,7 +56,32 @@ def _gate(loop: LoopConfig, run: Path, verdict: Verdict = Verdict.PASS, incumben
     conditions = pipeline._conditions_sha256(loop)
     report: GateReport = replace(make_report(policy, verdict), conditions_sha256=conditions, incumbent_version=incumbent_version)
     write_atomic(run / pipeline.GATE_REPORT, canonical_json(report.to_json()))
-    np.save(run / pipeline.GOLDEN_OBSERVATIONS, np.random.default_rng(0).normal(0, 0.1, (32, 4)).astype(np.float32))
+    np.savez(run / pipeline.GOLDEN_INPUTS, observations=np.random.default_rng(0).normal(0, 0.1, (32, 4)).astype(np.float32))
+
+
+HERE = "tests.training_environments:"
+OTHER_ENVIRONMENTS = {
+    "masks in info": [f"environment.id={HERE}Masked-v0"],
+    "masks in the observation": [f"environment.id={HERE}Masked-v0", "environment.kwargs={observed: true, flat: true}"],
+    "real actions": ["environment.id=Pendulum-v1"],
+    "squashed actions": ["environment.id=Pendulum-v1", "training.action_squashing=tanh"],
+    "images": [f"environment.id={HERE}Screen", "environment.max_episode_steps=9", "training.conv_filters=[[4, 3, 2]]"],
+    "all kinds": [f"environment.id={HERE}Everything", "environment.kwargs={action: multi_binary}"],
+}
+
+
+@pytest.mark.parametrize("overrides", OTHER_ENVIRONMENTS.values(), ids=OTHER_ENVIRONMENTS)
+def test_every_kind_of_policy_is_published_with_golden_vectors_of_what_it_meets(storage: Storage, overrides: list[str]) -> None:
+    loop = load_loop_file(LOOP_FILE, overrides=["training.hidden=[8]", *overrides])
+    run = _make_run(loop, storage)
+    policy, _ = load_policy(run)
+    _gate(loop, run)
+    episodes = evaluate(loop.environment, policy, num_episodes=5, seed=1, mode="sample", keep_steps=True)
+    np.savez(run / pipeline.GOLDEN_INPUTS, **pipeline._golden_inputs(policy, episodes, seed=0))
+    golden = pipeline.publish_run(loop, storage, "r").bundle.golden
+    assert len(golden.observations_ND) == min(NUM_GOLDEN, len(episodes.obs_ND)) + 3  # and three corners
+    assert {row.tobytes() for row in golden.observations_ND[:-3]} <= {row.tobytes() for row in episodes.obs_ND}
+    assert (golden.masks_NA is not None) == policy.spaces.has_mask
 
 
 def test_the_first_passing_run_becomes_champion_and_publishing_again_changes_nothing(loop: LoopConfig, storage: Storage) -> None:

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 
+from policies.distributions import Categorical, seed_of, uniform
 from policies.errors import IntegrityError
-from policies.policy import Policy, choose, propensity_of, seed_of, uniform
+from policies.policy import Policy
+from policies.spaces import Choices
 from tests.bundles import make_policy
+
+THREE = Categorical(Choices("discrete", (3,), (0,), ()))
 
 
 @pytest.mark.parametrize(
@@ -17,10 +21,10 @@ def test_a_row_has_the_same_bits_in_every_batch_and_at_every_place(
     policy = make_policy(1, num_features=num_features, num_actions=num_actions, hidden=hidden)
     rng = np.random.default_rng(0)
     obs_ND = rng.standard_normal((200, num_features)).astype(np.float32)
-    alone = np.concatenate([policy.probabilities(row[None]) for row in obs_ND])
+    alone = np.concatenate([policy.distributions(row[None]) for row in obs_ND])
     for _ in range(50):
         rows = rng.integers(0, len(obs_ND), rng.integers(1, 130))
-        assert np.array_equal(policy.probabilities(obs_ND[rows]), alone[rows])
+        assert np.array_equal(policy.distributions(obs_ND[rows]), alone[rows])
 
 
 def test_one_product_for_the_whole_batch_would_change_the_bits() -> None:
@@ -37,7 +41,7 @@ def test_one_product_for_the_whole_batch_would_change_the_bits() -> None:
 
     obs_ND = np.random.default_rng(0).standard_normal((200, 128)).astype(np.float32)
     together = plain_logits(obs_ND)
-    np.testing.assert_allclose(policy.logits(obs_ND), together, atol=1e-4)  # the same function …
+    np.testing.assert_allclose(policy.outputs(obs_ND), together, atol=1e-4)  # the same function …
     assert any(not np.array_equal(plain_logits(obs_ND[:size]), together[:size]) for size in range(1, 64))  # … not the same bits
 
 
@@ -45,26 +49,26 @@ def test_sampling_inverts_the_cumulative_distribution() -> None:
     # Cumulative sums 0.2, 0.5, 1: a number below 0.2 is action 0, from 0.2 to below 0.5 action 1, from there action 2.
     probabilities_A = np.array([0.2, 0.3, 0.5])
     for number, expected in [(0.0, 0), (0.19, 0), (0.21, 1), (0.49, 1), (0.51, 2), (0.999999, 2)]:
-        action, propensity = choose(probabilities_A, "sample", int(number * (1 << 53)))
+        action, propensity = THREE.choose(probabilities_A, "sample", int(number * (1 << 53)))
         assert (action, propensity) == (expected, probabilities_A[expected])
 
 
 def test_sampled_shares_match_the_distribution() -> None:
     probabilities_A = np.array([0.1, 0.6, 0.3])
-    draws = [choose(probabilities_A, "sample", seed_of(f"decision-{k}"))[0] for k in range(20_000)]
+    draws = [THREE.choose(probabilities_A, "sample", seed_of(f"decision-{k}"))[0] for k in range(20_000)]
     shares = np.bincount(draws, minlength=3) / len(draws)
     # Five standard errors of the largest share: sqrt(0.6 * 0.4 / 20000) = 0.0035.
     np.testing.assert_allclose(shares, probabilities_A, atol=5 * 0.0035)
 
 
 def test_greedy_takes_the_first_of_the_most_probable() -> None:
-    assert choose(np.array([0.25, 0.375, 0.375]), "greedy", 0) == (1, 1.0)
-    assert [propensity_of(action, np.array([0.25, 0.375, 0.375]), "greedy") for action in range(3)] == [0.0, 1.0, 0.0]
+    assert THREE.choose(np.array([0.25, 0.375, 0.375]), "greedy", 0) == (1, 1.0)
+    assert [THREE.propensity(action, np.array([0.25, 0.375, 0.375]), "greedy") for action in range(3)] == [0.0, 1.0, 0.0]
 
 
 def test_a_cumulative_sum_that_ends_below_one_still_gives_an_action() -> None:
     probabilities_A = np.full(3, (1 - 1e-9) / 3)
-    assert choose(probabilities_A, "sample", (1 << 53) - 1)[0] == 2
+    assert THREE.choose(probabilities_A, "sample", (1 << 53) - 1)[0] == 2
 
 
 def test_seeds_are_known_numbers() -> None:

@@ -1,82 +1,24 @@
-"""PPO: gradients against plain torch, what time limits do to values, and that no step is dropped or invented."""
+"""PPO: what time limits do to values, and that no step is dropped or invented. Gradients are in `test_gradients.py`."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from policies.errors import TrainingFailed
-from policies.policy import Architecture
-from policies.spaces import Spaces
+from policies.network import Architecture
+from tests.bundles import vector_spaces
 from training.config import EnvironmentConfig, TrainingConfig
 from training.environment import read_spaces
 from training.learner_state import LearnerState
-from training.network import Layout, initial_parameters, parameters_sha256
-from training.ppo import PPO, Batch, action_probabilities, ppo_loss
+from training.network import Layout, initial_parameters, layout_of, outputs_as_trained, parameters_sha256
+from training.ppo import PPO, Batch
 from training.rollout import Rollout, Shard
 
-SPACES = Spaces(np.full(3, -np.inf, np.float32), np.full(3, np.inf, np.float32), num_actions=4)
-LAYOUT = Layout(SPACES, Architecture((8, 8), "tanh"))
+LAYOUT = Layout(vector_spaces(3, 4), Architecture((8, 8), "tanh"))
 SMALL = {"num_envs_per_shard": 8, "num_shards": 1, "num_env_runners": 1, "rollout_fragment_length": 16, "minibatch_size": 32}
-
-
-def fixed_batch(num_steps: int = 20) -> Batch:
-    rng = np.random.default_rng(0)
-    return Batch(
-        x_ND=torch.from_numpy(rng.standard_normal((num_steps, 3)).astype(np.float32)),
-        actions_N=torch.from_numpy(rng.integers(0, 4, num_steps)),
-        logp_N=torch.from_numpy(np.log(rng.uniform(0.1, 0.5, num_steps)).astype(np.float32)),
-        advantages_N=torch.from_numpy(rng.standard_normal(num_steps).astype(np.float32)),
-        returns_N=torch.from_numpy(rng.standard_normal(num_steps).astype(np.float32)),
-    )
-
-
-def plain_torch_gradient(parameters_P: np.ndarray, training: TrainingConfig, batch: Batch) -> dict[str, np.ndarray]:
-    """The same loss written with torch.nn modules and torch.distributions, knowing nothing of the flat vector."""
-    tensors = LAYOUT.split(parameters_P)
-    towers = {}
-    for name, outputs in (("policy", 4), ("value", 1)):
-        towers[name] = torch.nn.Sequential(
-            torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, outputs)
-        )
-        for layer in range(3):
-            linear = towers[name][2 * layer]
-            linear.weight.data = torch.from_numpy(tensors[f"{name}.{layer}.weight"].T.copy())
-            linear.bias.data = torch.from_numpy(tensors[f"{name}.{layer}.bias"].copy())
-    distribution = torch.distributions.Categorical(logits=towers["policy"](batch.x_ND))
-    ratio = torch.exp(distribution.log_prob(batch.actions_N) - batch.logp_N)
-    unclipped = ratio * batch.advantages_N
-    clipped = torch.clamp(ratio, 1 - training.clip_param, 1 + training.clip_param) * batch.advantages_N
-    value_loss = torch.nn.functional.mse_loss(towers["value"](batch.x_ND).flatten(), batch.returns_N)
-    loss = -torch.min(unclipped, clipped).mean() + training.vf_loss_coeff * value_loss
-    loss = loss - training.entropy_coeff * distribution.entropy().mean()
-    loss.backward()
-    gradients = {}
-    for name, network in towers.items():
-        for layer in range(3):
-            gradients[f"{name}.{layer}.weight"] = network[2 * layer].weight.grad.numpy().T
-            gradients[f"{name}.{layer}.bias"] = network[2 * layer].bias.grad.numpy()
-    return gradients
-
-
-def flat_gradient(parameters_P: np.ndarray, training: TrainingConfig, batch: Batch) -> dict[str, np.ndarray]:
-    flat_P = torch.from_numpy(parameters_P).requires_grad_()
-    loss, _ = ppo_loss(flat_P, LAYOUT, training, batch)
-    return LAYOUT.split(torch.autograd.grad(loss, flat_P)[0].numpy())
-
-
-def test_flat_gradient_equals_plain_torch():
-    training = TrainingConfig(entropy_coeff=0.01, vf_loss_coeff=0.7)
-    parameters_P = LearnerState.initial(LAYOUT, 3).parameters_P
-    parameters_P += np.random.default_rng(1).standard_normal(LAYOUT.size).astype(np.float32) * 0.3
-    expected = plain_torch_gradient(parameters_P, training, fixed_batch())
-    actual = flat_gradient(parameters_P, training, fixed_batch())
-    for name, gradient in expected.items():
-        np.testing.assert_allclose(actual[name], gradient, atol=1e-6, err_msg=name)  # sums of 20 float32 terms of size 1
-    # Negative control: a loss with another clip range has another gradient, so the comparison can fail.
-    other = flat_gradient(parameters_P, training.model_copy(update={"clip_param": 0.9}), fixed_batch())
-    assert max(np.abs(other[name] - expected[name]).max() for name in expected) > 1e-3
 
 
 def test_adam_equals_torch_optim():
@@ -87,7 +29,7 @@ def test_adam_equals_torch_optim():
         gradient_P = torch.from_numpy(np.random.default_rng(step).standard_normal(LAYOUT.size).astype(np.float32))
         reference_P.grad = gradient_P
         adam.step()
-        learner._adam_step(gradient_P)
+        learner._adam_step(gradient_P.numpy().copy(), 0.01)
     np.testing.assert_allclose(learner.state.parameters_P, reference_P.detach().numpy(), atol=1e-6)
 
 
@@ -96,29 +38,54 @@ def time_limits_as_deaths(rollout: Rollout) -> Rollout:
     return dataclasses.replace(rollout, terminateds_TB=rollout.terminateds_TB | rollout.truncateds_TB)
 
 
-def learned_value(environment: EnvironmentConfig, change=lambda rollout: rollout) -> float:
-    """Train on `Constant-v0` with gamma 0.9 and return the value of its only observation."""
+def learned_values(environment: EnvironmentConfig, change=lambda rollout: rollout, *, gamma: float = 0.9) -> dict[float, float]:
+    """Train for a while and return the value of each thing that the environment shows (one number)."""
     training = TrainingConfig(
-        **SMALL, gamma=0.9, lambda_=0.9, lr=0.01, num_epochs=4, vf_loss_coeff=1.0, grad_clip=100, hidden=(8,)
+        **SMALL, gamma=gamma, lambda_=0.9, lr=0.02, num_epochs=4, vf_loss_coeff=1.0, grad_clip=100, hidden=(8,)
     )
-    layout = Layout(read_spaces(environment), Architecture(training.hidden))
+    layout = layout_of(read_spaces(environment), training)
     learner = PPO(layout, training, LearnerState.initial(layout, 0))
     shard = Shard(environment, training, 0, update=0, attempt=0)
-    for update in range(80):
+    for update in range(40):
         rollout = shard.collect(learner.state.weights(), update=update)
         learner.update([change(rollout)])
-    return float(rollout.values_TB.mean())
+    shown, values = rollout.obs_TBD[:-1][rollout.valid_TB][:, 0], rollout.values_TB[:-1][rollout.valid_TB]
+    return {float(x): float(values[shown == x].mean()) for x in np.unique(shown)}
 
 
 def test_truncation_bootstraps_but_termination_does_not():
     truncated = EnvironmentConfig(id="tests.training_environments:Constant-v0", max_episode_steps=5)
     terminated = EnvironmentConfig(id="tests.training_environments:Constant-v0", kwargs={"terminate_after": 5})
     # Reward 1 for ever: 1 / (1 - 0.9) = 10, whatever the time limit.
-    assert learned_value(truncated) == pytest.approx(10, abs=0.3)
+    assert learned_values(truncated)[1] == pytest.approx(10, abs=0.3)
     # Ends after 5 steps, and all states look the same: no value can exceed 1 + 0.9 + ... + 0.9^4 = 4.1.
-    assert learned_value(terminated) < 4.1
+    assert learned_values(terminated)[1] < 4.1
     # Negative control: with the time limit taken for a death, the first assertion would fail by far.
-    assert learned_value(truncated, time_limits_as_deaths) < 4.1
+    assert learned_values(truncated, time_limits_as_deaths)[1] < 4.1
+
+
+def without_final_observations(rollout: Rollout) -> Rollout:
+    """The other classical mistake: what is seen next is taken for what came last, though it is another episode."""
+    nothing = {name: getattr(rollout, name)[:0] for name in ("final_F", "final_obs_FD", "final_values_F")}
+    return dataclasses.replace(rollout, **nothing)
+
+
+@pytest.mark.parametrize("name", ["Warming-v0", "WarmingInTheSameStep-v0"])  # autoreset modes NEXT_STEP and SAME_STEP
+def test_both_autoreset_modes_give_a_cut_off_episode_the_value_of_what_it_saw_last(name: str):
+    environment = EnvironmentConfig(id=f"tests.training_environments:{name}", max_episode_steps=4)
+    # 2 pays 1 for ever: 1 / (1 - 0.8) = 5. Before, 1 and 0 pay nothing: 0.8 * 5 = 4 and 0.8 * 4 = 3.2.
+    assert learned_values(environment, gamma=0.8) == pytest.approx({0: 3.2, 1: 4, 2: 5}, abs=0.3)
+    # Negative control. Of the two steps from 2 the second ends the episode, so v_2 = ((1 + 0.8 v_2) + 1) / 2 = 1.67 by one-step
+    # targets, and less by longer ones.
+    assert learned_values(environment, time_limits_as_deaths, gamma=0.8)[2] < 1.9
+    terminated = EnvironmentConfig(id=f"tests.training_environments:{name}", kwargs={"terminate_after": 4})
+    assert learned_values(terminated, gamma=0.8)[2] < 1.9
+
+
+def test_a_reset_in_the_same_step_needs_its_final_observation():
+    """Negative control: bootstrapping from the next episode's 0 gives v_2 = ((1 + 0.8 v_2) + (1 + 0.8 * 0.64 v_2)) / 2 = 2.9."""
+    environment = EnvironmentConfig(id="tests.training_environments:WarmingInTheSameStep-v0", max_episode_steps=4)
+    assert learned_values(environment, without_final_observations, gamma=0.8)[2] < 3.5
 
 
 def cartpole_rollout(training: TrainingConfig, layout: Layout) -> Rollout:
@@ -129,7 +96,7 @@ def cartpole_rollout(training: TrainingConfig, layout: Layout) -> Rollout:
 @pytest.fixture
 def cartpole() -> tuple[Layout, TrainingConfig, Rollout]:
     training = TrainingConfig(**SMALL, normalize_observations=True)
-    layout = Layout(read_spaces(EnvironmentConfig(id="CartPole-v1")), Architecture(training.hidden))
+    layout = layout_of(read_spaces(EnvironmentConfig(id="CartPole-v1")), training)
     return layout, training, cartpole_rollout(training, layout)
 
 
@@ -143,14 +110,13 @@ def test_reset_steps_are_never_learned_from(cartpole):
     layout, training, rollout = cartpole
     assert not rollout.valid_TB.all()
     garbage = {
-        "obs_TBD": rollout.obs_TBD.copy(),
-        "actions_TB": np.where(rollout.valid_TB, rollout.actions_TB, 1 - rollout.actions_TB),
+        "actions_TBK": np.where(rollout.valid_TB[..., None], rollout.actions_TBK, 1 - rollout.actions_TBK),
         "logp_TB": np.where(rollout.valid_TB, rollout.logp_TB, -50).astype(np.float32),
         "rewards_TB": np.where(rollout.valid_TB, rollout.rewards_TB, 1e6).astype(np.float32),
     }
     expected = hash_after_update(layout, training, rollout)
-    for name in ("actions_TB", "logp_TB", "rewards_TB"):
-        assert hash_after_update(layout, training, dataclasses.replace(rollout, **{name: garbage[name]})) == expected
+    for name, values in garbage.items():
+        assert hash_after_update(layout, training, dataclasses.replace(rollout, **{name: values})) == expected, name
     # Negative control: learning from all steps gives other parameters.
     all_valid = dataclasses.replace(rollout, valid_TB=np.ones_like(rollout.valid_TB))
     assert hash_after_update(layout, training, all_valid) != expected
@@ -159,14 +125,21 @@ def test_reset_steps_are_never_learned_from(cartpole):
 def test_minibatches_use_every_valid_step_once_per_epoch(cartpole, monkeypatch):
     layout, training, rollout = cartpole
     learner = PPO(layout, training, LearnerState.initial(layout, 0))
-    seen: list[np.ndarray] = []
+    minibatches: list[list[bytes]] = []  # CartPole never shows the same twice, so an observation names its step
     step = learner._minibatch_step
-    monkeypatch.setattr(learner, "_minibatch_step", lambda batch, index_M: seen.append(index_M.numpy()) or step(batch, index_M))
+
+    def recording(batch: Batch, *settings: object) -> tuple[float, ...]:
+        minibatches.append([row.tobytes() for row in batch.x_ND])
+        return step(batch, *settings)
+
+    monkeypatch.setattr(learner, "_minibatch_step", recording)
     learner.update([rollout])
-    counts = np.bincount(np.concatenate(seen))
-    assert counts.tolist() == [training.num_epochs] * rollout.num_env_steps
+    counts = Counter(row for minibatch in minibatches for row in minibatch)
+    assert len(counts) == rollout.num_env_steps and set(counts.values()) == {training.num_epochs}
     assert rollout.num_env_steps % training.minibatch_size != 0  # so an even split was not possible
-    assert max(map(len, seen)) - min(map(len, seen)) <= 1
+    sizes = list(map(len, minibatches))
+    assert max(sizes) - min(sizes) <= 1
+    assert minibatches[0] != minibatches[len(minibatches) // training.num_epochs]  # each epoch in an order of its own
 
 
 def test_normaliser_is_the_mean_and_spread_of_all_valid_observations(cartpole):
@@ -198,18 +171,18 @@ def test_training_and_serving_agree_on_probabilities(cartpole):
     learner.update([rollout])
     policy = learner.state.weights().policy(layout)
     obs_ND = rollout.obs_TBD.reshape(-1, 4)
-    expected = action_probabilities(policy, obs_ND)
+    expected = policy.distribution.parameters(outputs_as_trained(policy, obs_ND), None)
     assert expected.dtype == np.float64
-    np.testing.assert_allclose(policy.probabilities(obs_ND), expected, atol=1e-6)
+    np.testing.assert_allclose(policy.distributions(obs_ND), expected, atol=1e-6)
     # Negative control: without its normaliser the policy acts differently, and this comparison notices.
     bare = dataclasses.replace(policy, tensors=policy.tensors | {"normaliser.scale": np.ones(4, np.float32)})
-    assert np.abs(bare.probabilities(obs_ND) - expected).max() > 1e-3
+    assert np.abs(bare.distributions(obs_ND) - expected).max() > 1e-3
 
 
 def test_initial_policy_is_nearly_uniform_and_seeded():
     policy = LearnerState.initial(LAYOUT, 0).weights().policy(LAYOUT)
     obs_ND = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
-    assert np.abs(policy.probabilities(obs_ND) - 0.25).max() < 0.02
+    assert np.abs(policy.distributions(obs_ND) - 0.25).max() < 0.02
     assert not np.array_equal(initial_parameters(LAYOUT, 0), initial_parameters(LAYOUT, 1))
 
 

@@ -5,11 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from policies.policy import Architecture
 from training.config import EnvironmentConfig, TrainingConfig
 from training.environment import read_spaces
 from training.gae import advantages
-from training.network import Layout, Weights, initial_parameters
+from training.network import Layout, Weights, initial_parameters, layout_of
 from training.rollout import Rollout, Shard
 
 COUNTER = EnvironmentConfig(id="tests.training_environments:Counter-v0")  # 3 steps per episode, observes the step number
@@ -21,8 +20,12 @@ def settings(**changes) -> TrainingConfig:
     return TrainingConfig(**{**sizes, **changes})
 
 
+def layout_for(environment: EnvironmentConfig, training: TrainingConfig) -> Layout:
+    return layout_of(read_spaces(environment), training)
+
+
 def weights_of(environment: EnvironmentConfig, training: TrainingConfig) -> Weights:
-    layout = Layout(read_spaces(environment), Architecture(training.hidden, training.activation))
+    layout = layout_for(environment, training)
     D = layout.spaces.num_features
     return Weights(0, initial_parameters(layout, 0), np.zeros(D, np.float32), np.ones(D, np.float32))
 
@@ -71,7 +74,7 @@ def test_a_shard_depends_on_its_number_the_seed_and_the_update_only():
         collect(CARTPOLE, settings(), update=1),
     ):
         assert not np.array_equal(rollout.obs_TBD, other.obs_TBD)
-        assert not np.array_equal(rollout.actions_TB, other.actions_TB)
+        assert not np.array_equal(rollout.actions_TBK, other.actions_TBK)
 
 
 def test_behaviour_log_probabilities_are_those_of_the_policy_that_serves():
@@ -82,23 +85,23 @@ def test_behaviour_log_probabilities_are_those_of_the_policy_that_serves():
         normaliser_scale_D=np.full(4, 3, np.float32),
     )
     rollout = Shard(CARTPOLE, training, 0, update=0, attempt=0).collect(weights, update=0)
-    policy = weights.policy(Layout(read_spaces(CARTPOLE), Architecture()))
-    probabilities = policy.probabilities(rollout.obs_TBD[:-1].reshape(-1, 4))
-    expected = np.log(np.take_along_axis(probabilities, rollout.actions_TB.reshape(-1, 1), axis=1))[:, 0]
+    policy = weights.policy(layout_for(CARTPOLE, training))
+    probabilities = policy.distributions(rollout.obs_TBD[:-1].reshape(-1, 4))
+    expected = np.log(np.take_along_axis(probabilities, rollout.actions_TBK.reshape(-1, 1), axis=1))[:, 0]
     np.testing.assert_allclose(rollout.logp_TB.reshape(-1), expected, atol=1e-6)  # float32 against float64
 
 
 def test_actions_are_drawn_with_the_policys_probabilities():
     training = settings(num_envs_per_shard=64, rollout_fragment_length=200)
     constant = EnvironmentConfig(id="tests.training_environments:Constant-v0")
-    layout = Layout(read_spaces(constant), Architecture())
+    layout = layout_for(constant, training)
     weights = weights_of(constant, training)
     bias_A = layout.split(weights.parameters_P)["policy.2.bias"]
     bias_A[:] = [np.log(0.8), np.log(0.2)]
     layout.split(weights.parameters_P)["policy.2.weight"][:] = 0
     rollout = Shard(constant, training, 0, update=0, attempt=0).collect(weights, update=0)
     # 12,800 draws: the standard deviation of the share is 0.0035, so 0.02 is beyond 5 of them
-    assert rollout.actions_TB.mean() == pytest.approx(0.2, abs=0.02)
+    assert rollout.actions_TBK.mean() == pytest.approx(0.2, abs=0.02)
 
 
 # One environment, gamma 0.5, lambda 0.5, values V = 10, 20, 30 and 40 for what follows the last step, rewards 1, 2, 3:
@@ -110,7 +113,8 @@ NEVER, AT_STEP_1 = np.array([[False]] * 3), np.array([[False], [True], [False]])
 
 
 def gae(terminateds_TB: np.ndarray, truncateds_TB: np.ndarray) -> list[float]:
-    return advantages(REWARDS_TB, VALUES_TB, terminateds_TB, truncateds_TB, gamma=0.5, lambda_=0.5)[:, 0].tolist()
+    terms = REWARDS_TB, VALUES_TB[:-1], VALUES_TB[1:], terminateds_TB, truncateds_TB
+    return advantages(*terms, gamma=0.5, lambda_=0.5)[:, 0].tolist()
 
 
 def test_gae_hand_computed():

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.policy import Mode, Policy
+from policies.distributions import Mode
+from policies.policy import Policy
 from policies.verdicts import GateReport
 from training.evaluation import Evaluation
 from training.gates.config import GatesConfig
@@ -36,16 +37,15 @@ def run_gates(
     min_return: float,
     conditions_sha256: str,
     now: float,
-) -> tuple[GateReport, np.ndarray]:
+) -> tuple[GateReport, Evaluation]:
     """Evaluate the candidate (and the incumbent on the same initial states) and judge it.
 
-    Returns the report and the observations [N, D] of the noise-free episodes, from which golden vectors are drawn.
+    Returns the report and the noise-free episodes with their steps, from which golden vectors are drawn.
     Raises `ConfigError` before anything runs when the constraint function cannot be imported.
     """
     constraint = load_constraint(config.safety.constraint) if config.safety.constraint else None
     episodes = config.performance.episodes
     clean = evaluate(policy, mode=mode, num_episodes=episodes, seed=config.seed, noise_std_D=None, keep_steps=True)
-    actions_N = clean.actions_N + policy.spaces.action_start  # a constraint sees the actions that the environment sees
     incumbent_returns_E = None
     if incumbent is not None:
         options = {"num_episodes": episodes, "seed": config.seed, "noise_std_D": None, "keep_steps": False}
@@ -70,8 +70,10 @@ def run_gates(
             config=config.performance,
             confidence=config.confidence,
         ),
-        judge_safety(constraint, clean.obs_ND, actions_N, clean.episode_N, config=config.safety, confidence=config.confidence),
+        judge_safety(
+            constraint, clean.obs_ND, clean.actions_N, clean.episode_N, config=config.safety, confidence=config.confidence
+        ),
         judge_robustness(float(clean.returns_E.mean()), noisy, config=config.robustness, confidence=config.confidence),
     )
     report = GateReport(policy.sha256(), conditions_sha256, now, incumbent.version if incumbent else None, results)
-    return report, clean.obs_ND
+    return report, clean

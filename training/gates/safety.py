@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,11 @@ from training.gates.config import SafetyConfig
 
 MAX_SHOWN = 3
 
-Constraint = Callable[[np.ndarray, int], bool]
+# An observation as the policy sees it (its features, flat) and the environment's own action: an int, or an array.
+Constraint = Callable[[np.ndarray, Any], bool]
 
 
-def no_constraint(obs_D: np.ndarray, action: int) -> bool:
+def no_constraint(obs_D: np.ndarray, action: Any) -> bool:
     """Accept everything: name this function in the loop file to say that there is nothing to forbid."""
     return True
 
@@ -52,7 +54,8 @@ def judge_safety(
     if constraint is None:
         reason = "no constraint is named; set gates.safety.constraint (to training.gates.safety:no_constraint if there is none)"
         return GateResult("safety", Verdict.INCONCLUSIVE, reason, {"constraint": None})
-    violations = [index for index in range(len(actions_N)) if not constraint(obs_ND[index], int(actions_N[index]))]
+    acts = actions_N.tolist() if actions_N.ndim == 1 else actions_N  # integers as integers
+    violations = [index for index in range(len(acts)) if not constraint(obs_ND[index], acts[index])]
     decisions_E = np.bincount(episode_N)
     share_E = np.bincount(episode_N[violations], minlength=len(decisions_E)) / decisions_E
     rate = ConfidenceSequence(0.0, 1.0, alpha=1 - confidence)
@@ -70,7 +73,7 @@ def judge_safety(
         "violation_rate_low": low,
         "violation_rate_high": high,
         "max_violation_rate": config.max_violation_rate,
-        "first_violations": [{"observation": obs_ND[index].tolist(), "action": int(actions_N[index])} for index in shown],
+        "first_violations": [{"observation": obs_ND[index].tolist(), "action": actions_N[index].tolist()} for index in shown],
     }
     where = f"in {numbers['episodes_with_violations']} of {len(decisions_E)} episodes"
     text = f"{len(violations)} violations {where}, rate {high:.2g} at most"

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from policies.verdicts import GateReport, Verdict
+from training.phases import time_shares
 from trimtab.command import (
     DEFAULT_LOOP_FILE,
     DONE,
@@ -27,7 +28,7 @@ from trimtab.command import (
 )
 
 if TYPE_CHECKING:  # these import Ray: only the commands that need it pay for it
-    from actors.controller import Progress, TrainResult
+    from actors.controller import TrainResult
 
 
 def train(
@@ -53,6 +54,7 @@ def resume(
     storage: StorageOption = None,
     address: AddressOption = None,
     run: RunOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on also with settings that make it another run.")] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Continue a run from its last checkpoint; it ends with the same parameters as if it had never stopped."""
@@ -61,17 +63,22 @@ def resume(
     context = open_context(loop_file, sets, storage)
     run_id = find_run(context.storage, run)
     with context.cluster(address):
-        return _report_training(context, run_training(context, run_id=run_id, resume=True), as_json)
+        return _report_training(context, run_training(context, run_id=run_id, resume=True, force=force), as_json)
 
 
-def run_training(context: Context, *, run_id: str | None, resume: bool) -> "TrainResult":
+def run_training(context: Context, *, run_id: str | None, resume: bool, force: bool = False) -> "TrainResult":
+    """Train a new run or resume one, show how it goes, and where its time went."""
     from trimtab.pipeline import train_run
+    from trimtab.training_view import training_view
 
-    return train_run(context.loop, context.storage, run_id=run_id, resume=resume, on_progress=_print_progress, on_message=say)
-
-
-def _print_progress(progress: "Progress") -> None:
-    say(str(progress))
+    training = context.loop.training
+    options = {"run_id": run_id, "resume": resume, "force": force}
+    with training_view(console, training) as view:
+        result = train_run(context.loop, context.storage, **options, on_progress=view.show, on_message=view.say)
+    shares = time_shares(result.phases_s, overlaps=training.max_staleness > 0)
+    if shares is not None:
+        say(str(shares))
+    return result
 
 
 def _report_training(context: Context, result: "TrainResult", as_json: bool) -> int:
@@ -146,7 +153,7 @@ def gate(
     against: Annotated[int | None, typer.Option(help="Version to compare with; default: the champion.")] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Judge a run's last checkpoint: performance, safety, robustness. Exit code 1 unless all pass."""
+    """Judge a run's best policy so far: performance, safety, robustness. Exit code 1 unless all pass."""
     from trimtab.pipeline import find_run, gate_run
 
     context = open_context(loop_file, sets, storage)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 from rich.console import Console
 
 from policies.errors import NotFound, TrimtabError, UsageError
+from training.run_state import read_run_state
+from training.runs import newest_run
 from trimtab import session as sessions
 from trimtab.client import Client
 from trimtab.cluster import Cluster
@@ -139,17 +142,27 @@ def status(
     follow: Annotated[bool, typer.Option("--watch", help="Refresh each second until Ctrl-C.")] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Show what is served, how it does, and how the release goes."""
+    """Show what is served, how it does, how the release goes, and how the newest training run stands."""
     context = open_context(loop_file, None, storage)
-    with connect(context) as client:
-        if follow:
-            watch(console, lambda: _status_or_reason(client, context.loop.name))
-        document = client.status()
+    document = _status(context)
+    if follow:
+        watch(console, lambda: _status_or_reason(lambda: _status(context), context.loop.name))
     if as_json:
         print(json.dumps(document))
     else:
         Console().print(status_view(document))
     return DONE
+
+
+def _status(context: Context) -> dict[str, Any]:
+    """Return what the endpoint says and how the newest run stands; raises `NotFound` when there is neither."""
+    run_dir = newest_run(context.storage)
+    training = None if run_dir is None else read_run_state(run_dir).to_json()
+    if training is not None and sessions.running_session(context.storage) is None:
+        reason = f"nothing is serving from {context.storage.root}"
+        return {**_no_status(context.loop.name, context.registry().state().champion, reason), "training": training}
+    with connect(context) as client:
+        return {**client.status(), "training": training}
 
 
 def replay(
@@ -179,18 +192,21 @@ def serve_until_stopped(context: Context, cluster: Cluster, champion: int, start
         say(f"try: {_curl_line(context, session)}")
         key = Path(session.api_key_file).read_text().strip()
         with Client(session.url, key) as client:
-            watch(console, lambda: _status_or_reason(client, session.policy))
+            watch(console, lambda: _status_or_reason(client.status, session.policy))
 
 
-def _status_or_reason(client: Client, policy: str) -> dict[str, Any]:
+def _status_or_reason(fetch: Callable[[], dict[str, Any]], policy: str) -> dict[str, Any]:
     """Return the status or why there is none: an endpoint that is away for a moment is no reason to end it."""
     try:
-        return client.status()
+        return fetch()
     except TrimtabError as error:
-        return {"policy": policy, "champion": None, "monitor": None, "reason": f"the endpoint does not answer: {error}"}
+        return _no_status(policy, None, f"the endpoint does not answer: {error}")
+
+
+def _no_status(policy: str, champion: int | None, reason: str) -> dict[str, Any]:
+    return {"policy": policy, "champion": champion, "monitor": None, "reason": reason}
 
 
 def _curl_line(context: Context, session: sessions.Session) -> str:
-    num_features = context.registry().bundle(session.version).policy.spaces.num_features
-    body = json.dumps({"observation": [0.0] * num_features})
+    body = json.dumps(context.registry().bundle(session.version).policy.spaces.example_request())
     return f"""curl -s -H "Authorization: Bearer $(cat {session.api_key_file})" -d '{body}' {session.url}/v1/decide"""

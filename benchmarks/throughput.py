@@ -1,0 +1,247 @@
+"""How many environment steps per second: collecting alone, and with learning; ours beside the limit and beside the peers.
+
+    python -m benchmarks.throughput [--repetitions N]      every measurement in a process of its own, one after the other, N times
+
+Nothing else may run on the machine meanwhile. The result goes to benchmarks/results/throughput.json.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.environments import LUNARLANDER_PEERS, REPOSITORY, Peer, command
+from benchmarks.train_cartpole import commit, machine
+from training.config import EnvironmentConfig, TrainingConfig
+
+RESULT_FILE = Path(__file__).parent / "results" / "throughput.json"
+PROCESS_TIMEOUT_S = 900.0
+CARTPOLE = EnvironmentConfig(id="CartPole-v1")
+LUNAR_LANDER = EnvironmentConfig(id="LunarLander-v3")
+NUM_FRAGMENTS = 40
+
+# 1,024 environments step in one call of the native vectorisation; a fragment is 65 ms of work and more. relu, because numpy's
+# tanh alone costs more than all matrix products here (2.6 ns per number); the tanh figure stands beside it.
+ROLLOUTS = TrainingConfig(num_envs_per_shard=1024, rollout_fragment_length=64, activation="relu", max_staleness=1)
+# Large batches: 131,072 steps per update, each looked at once, collected while the update before is being learned.
+LEARNING = TrainingConfig(
+    num_envs_per_shard=1024,
+    rollout_fragment_length=64,
+    num_epochs=1,
+    minibatch_size=8192,
+    lr=3e-3,
+    activation="relu",
+    max_staleness=1,
+    max_env_steps=6_000_000,
+    evaluation_every_updates=1000,
+)
+# The settings of benchmarks/learning.py, one fragment ahead.
+LANDING = TrainingConfig(
+    num_envs_per_shard=16,
+    rollout_fragment_length=512,
+    num_epochs=4,
+    minibatch_size=256,
+    lr=((0, 1e-3), (1_000_000, 1e-4)),
+    gamma=0.999,
+    lambda_=0.98,
+    entropy_coeff=0.01,
+    max_staleness=1,
+    max_env_steps=500_000,
+    evaluation_every_updates=1000,
+)
+
+
+def collect_beside_the_limit(activation: str, environment: EnvironmentConfig = CARTPOLE, **sizes: int) -> dict[str, Any]:
+    """Time `Shard.collect` and, in turn with it, nothing but `env.step` and the batched forwards of policy and value."""
+    from training.learner_state import LearnerState
+    from training.network import Network
+    from training.rollout import Shard
+    from training.threads import use_one_thread
+
+    use_one_thread()
+    training = ROLLOUTS.model_copy(update={"activation": activation, **sizes})
+    shard = Shard(environment, training, 0, update=0, attempt=0)
+    weights = LearnerState.initial(shard._layout, 0).weights()
+    network, vector_env, num_steps = (
+        Network(shard._layout, weights.parameters_P),
+        shard._environment,
+        training.rollout_fragment_length,
+    )
+
+    def limit() -> None:
+        observations = []
+        for _ in range(num_steps):
+            observations.append(vector_env.obs_BD)
+            actions = network.outputs(vector_env.obs_BD)[:, : shard._head.num_components].argmax(axis=1)
+            vector_env._env.step(actions)
+        network.values(np.concatenate(observations))
+
+    shard.collect(weights, update=0)
+    times: dict[str, list[float]] = {"collect": [], "limit": []}
+    for update in range(1, 21):
+        for name, work in (("collect", lambda update=update: shard.collect(weights, update=update)), ("limit", limit)):
+            began_s = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - began_s)
+    steps = num_steps * training.num_envs_per_shard
+    collect_s, limit_s = (statistics.median(times[name]) for name in ("collect", "limit"))
+    return {
+        "env_steps_per_s": steps / collect_s,
+        "limit_env_steps_per_s": steps / limit_s,
+        "share_of_limit": limit_s / collect_s,
+        "fragment_ms": 1000 * collect_s,
+    }
+
+
+def rollouts_only(activation: str) -> dict[str, Any]:
+    """Collect on two rollout workers, one fragment ahead, without a learner."""
+    from actors.worker_pool import WorkerPool
+    from training.environment import read_spaces
+    from training.learner_state import LearnerState
+    from training.network import layout_of
+
+    ray = _started_ray()
+    training = ROLLOUTS.model_copy(update={"activation": activation})
+    weights = ray.put(LearnerState.initial(layout_of(read_spaces(CARTPOLE), training), 0).weights())
+    with WorkerPool(CARTPOLE, training) as pool:
+        pool.start(weights, update=0, reset=True)
+        pool.start(weights, update=1, reset=False)
+        pool.collect(0)
+        began_s, num_steps, compute_s = time.perf_counter(), 0, 0.0
+        for update in range(1, NUM_FRAGMENTS + 1):
+            pool.start(weights, update=update + 1, reset=False)
+            fragments = pool.collect(update)
+            compute_s += fragments.compute_s
+            num_steps += training.batch_size
+        wall_s = time.perf_counter() - began_s
+    ray.shutdown()
+    return {"env_steps_per_s": num_steps / wall_s, "share_computing": compute_s / wall_s}
+
+
+def rllib_rollouts() -> dict[str, Any]:
+    """Collect on two of RLlib's env runners, with its own tuned number of environments."""
+    from ray.rllib.algorithms.ppo import PPOConfig
+
+    ray = _started_ray()
+    config = PPOConfig().environment("CartPole-v1").env_runners(num_env_runners=2, num_envs_per_env_runner=16)
+    algorithm = config.build_algo()
+    runners = algorithm.env_runner_group
+
+    def sample() -> int:
+        results = runners.foreach_env_runner(
+            lambda runner: sum(map(len, runner.sample(num_timesteps=4000))), local_env_runner=False
+        )
+        return sum(results)
+
+    sample()
+    began_s, num_steps = time.perf_counter(), 0
+    while time.perf_counter() - began_s < 20:
+        num_steps += sample()
+    wall_s = time.perf_counter() - began_s
+    algorithm.stop()
+    ray.shutdown()
+    return {"env_steps_per_s": num_steps / wall_s}
+
+
+def learning(environment: EnvironmentConfig, training: TrainingConfig) -> dict[str, Any]:
+    """Train with the whole trainer and say where the time went."""
+    from actors.controller import train
+    from policies.storage import open_storage
+
+    ray = _started_ray()
+    with tempfile.TemporaryDirectory() as directory:
+        result = train(environment, training, open_storage(directory))
+    ray.shutdown()
+    wall_s = result.env_steps / result.env_steps_per_s
+    phases = result.phases_s
+    # While the learner computes nobody waits for the machinery; nor while the workers do and the learner has nothing to do.
+    machinery_s = (phases["learn_s"] - phases["learner_s"]) + max(0.0, phases["collect_s"] - phases["worker_s"])
+    return {
+        "env_steps": result.env_steps,
+        "env_steps_per_s": result.env_steps_per_s,
+        "wall_s": wall_s,
+        "machinery_share": machinery_s / wall_s,
+        "evaluation_return_mean": result.evaluation_return_mean,
+        "phases_s": phases,
+    }
+
+
+def _started_ray() -> Any:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    return ray
+
+
+MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "collect_relu": lambda: collect_beside_the_limit("relu"),
+    "collect_tanh": lambda: collect_beside_the_limit("tanh"),
+    "collect_lunar_lander": lambda: collect_beside_the_limit("tanh", LUNAR_LANDER, num_envs_per_shard=32),
+    "rollouts_relu": lambda: rollouts_only("relu"),
+    "rollouts_tanh": lambda: rollouts_only("tanh"),
+    "rollouts_rllib": rllib_rollouts,
+    "learning_cartpole": lambda: learning(CARTPOLE, LEARNING),
+    "learning_lunar_lander": lambda: learning(LUNAR_LANDER, LANDING),
+    **{f"learning_lunar_lander_{name}": lambda peer=peer: _peer(peer) for name, peer in LUNARLANDER_PEERS.items()},
+}
+
+
+def _peer(peer: Peer) -> dict[str, Any]:
+    done = subprocess.run(
+        command(peer, 0), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=PROCESS_TIMEOUT_S, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_process(name: str) -> dict[str, Any]:
+    """Run one measurement in a process of its own."""
+    ours = [sys.executable, "-m", "benchmarks.throughput", "--only", name]
+    done = subprocess.run(ours, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=PROCESS_TIMEOUT_S, check=True)
+    return {"measurement": name, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=3, help="how often each is measured, in turn with the others")
+    parser.add_argument("--measurements", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="only these")
+    parser.add_argument("--output", type=Path, default=RESULT_FILE, help="where the JSON result goes")
+    parser.add_argument("--only", choices=MEASUREMENTS, help="make one measurement in this process and print it")
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(json.dumps(MEASUREMENTS[arguments.only]()))
+        return
+    began, rows = machine(), []
+    for _ in range(arguments.repetitions):
+        for name in arguments.measurements:
+            rows.append(run_process(name))
+            print(json.dumps(rows[-1]), flush=True)
+    medians = {
+        name: {
+            key: statistics.median(row[key] for row in rows if row["measurement"] == name)
+            for key, value in next(row for row in rows if row["measurement"] == name).items()
+            if isinstance(value, float)
+        }
+        for name in arguments.measurements
+    }
+    result = {
+        "benchmark": "throughput",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        "machine": began,
+        "medians": medians,
+        "runs": rows,
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(medians, indent=2))
+
+
+if __name__ == "__main__":
+    main()
