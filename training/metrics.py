@@ -133,7 +133,7 @@ def _value_at(row: dict[str, Any], place: str) -> float | None:
 def _rows(lines: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each row and where its line ends.
 
-    What is not a whole line is left out: the torn last one of a killed run, the cut first one of a tail.
+    What is not a whole line is left out: the torn last one of a killed run, the cut first one of a tail, a damaged one.
     """
     end = 0
     for line in lines.splitlines(keepends=True):
@@ -142,5 +142,6 @@ def _rows(lines: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if line.endswith(b"\n") and isinstance(row, dict) and "update" in row:
+        is_whole = line.endswith(b"\n") and isinstance(row, dict)
+        if is_whole and all(isinstance(row.get(key), int) for key in ("update", "env_steps")):
             yield end, row

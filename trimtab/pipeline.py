@@ -51,7 +51,7 @@ def train_run(
     *,
     run_id: str | None,
     resume: bool,
-    force: bool,
+    force: bool = False,
     on_progress: Callable[[Progress], None],
     on_message: Callable[[str], None],
 ) -> TrainResult:
@@ -71,8 +71,10 @@ def loop_of_run(loop: LoopConfig, storage: Storage, run_id: str) -> LoopConfig:
     Raises `ConfigError` where the loop file has changed so that the two do not fit each other any more.
     """
     chosen = read_config(open_run(storage, run_id)).tuned_settings()
+    if not chosen:
+        return loop
     try:
-        training = TrainingConfig(**{**loop.training.model_dump(), **chosen})
+        training = TrainingConfig(**{**loop.training.model_dump(exclude_unset=True), **chosen})
     except ValidationError as error:
         raise ConfigError(f"run {run_id!r} has {chosen}, which does not fit the loop file's training section: {error}") from None
     return loop.model_copy(update={"training": training})

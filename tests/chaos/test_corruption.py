@@ -232,7 +232,7 @@ def test_a_damaged_config_is_refused_or_put_right(tmp_path: Path):
 def test_damaged_metrics_cost_only_their_own_lines(tmp_path: Path):
     log = MetricsLog(tmp_path, after_update=0)
     for update in (1, 2, 3):
-        log.append({"update": update, "return_mean": 1.5})
+        log.append({"update": update, "env_steps": 10 * update, "return_mean": 1.5})
     log.close()
     path = tmp_path / METRICS
     original = path.read_bytes()

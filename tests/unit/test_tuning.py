@@ -15,7 +15,7 @@ from policies.storage import open_storage
 from tests.command_line import ROOT
 from training.config import EnvironmentConfig, TrainingConfig
 from training.environment import read_spaces
-from training.runs import RunConfig, change_config, create_run, read_config
+from training.runs import RunConfig, change_config, create_run, read_config, require_resumable
 from training.search_space import Domain
 from training.tuning import Trial, TrialStatus, TuningConfig, best_of, draw_trials, perturbed, ranked
 from trimtab.commands.tuning import as_yaml, print_table, set_options, summary
@@ -163,4 +163,4 @@ def test_what_a_search_chose_stands_before_the_loop_file_for_its_run_only(tmp_pa
     change_config(storage.run("tuned"), RunConfig(loop.environment, loop_of_run(loop, storage, "tuned").training))
     assert read_config(storage.run("tuned")).tuned == ("lr",)  # it stays so when the run goes on
     with pytest.raises(ConfigError, match=r"lr 0.25 -> 0.5"):  # negative control: the loop file alone would be refused
-        change_config(storage.run("tuned"), RunConfig(loop.environment, loop.training))
+        require_resumable(storage.run("tuned"), RunConfig(loop.environment, loop.training))
