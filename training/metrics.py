@@ -127,7 +127,7 @@ def _finite(value: Any) -> Any:
 
 def _value_at(row: dict[str, Any], place: str) -> float | None:
     section, _, key = place.rpartition(".")
-    return (row[section] if section else row).get(key)
+    return (row.get(section, {}) if section else row).get(key)
 
 
 def _rows(lines: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
