@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import ray
@@ -62,28 +62,30 @@ def search(
     """
     check_environment(environment)
     trials = draw_trials(tuning, training, read_spaces(environment), search_id)
-    bundles = _bundles(tuning, training)
+    trainable = functools.partial(_tune_trial, TrialSpec(environment, training, tuning, storage.root))
     watcher = _Watcher(trials, on_trial=on_trial, on_message=on_message, should_stop=should_stop)
-    spec = TrialSpec(environment, training, tuning, storage.root)
-    drawn = [trial for trial in trials if trial.status is not TrialStatus.FAILED]
     state_dir = storage.tuning(search_id) / TUNE_STATE
+    tune_config = tune.TuneConfig(
+        scheduler=asha(tuning) if tuning.scheduler == "asha" else pbt(tuning, training),
+        max_concurrent_trials=tuning.max_concurrent if tuning.scheduler == "asha" else None,
+        reuse_actors=True,  # a process that has imported Ray Tune is half of a short trial's time
+        trial_name_creator=_run_id,
+        trial_dirname_creator=_run_id,
+    )
+    run_config = tune.RunConfig(name="state", storage_path=str(state_dir), verbose=0, callbacks=[watcher])
+    trainable = tune.with_resources(trainable, tune.PlacementGroupFactory(_bundles(tuning, training)))
     try:
         with _quiet_tune(), contextlib.suppress(_Stopped):
-            tune.Tuner(
-                tune.with_resources(functools.partial(_tune_trial, spec), tune.PlacementGroupFactory(bundles)),
-                param_space={"sample": tune.grid_search([{"run_id": t.run_id, "parameters": t.parameters} for t in drawn])},
-                tune_config=tune.TuneConfig(
-                    scheduler=asha(tuning) if tuning.scheduler == "asha" else pbt(tuning, training),
-                    max_concurrent_trials=tuning.max_concurrent if tuning.scheduler == "asha" else None,
-                    reuse_actors=True,  # a process that has imported Ray Tune is half of a short trial's time
-                    trial_name_creator=_run_id,
-                    trial_dirname_creator=_run_id,
-                ),
-                run_config=tune.RunConfig(name="state", storage_path=str(state_dir), verbose=0, callbacks=[watcher]),
-            ).fit()
+            tune.Tuner(trainable, param_space=_samples(trials), tune_config=tune_config, run_config=run_config).fit()
     finally:
         shutil.rmtree(state_dir, ignore_errors=True)
     return watcher.ended()
+
+
+def _samples(trials: list[Trial]) -> dict[str, Any]:
+    """Return a search space for Tune of exactly the trials that can start. All drawing is ours, so that it is reproducible."""
+    startable = [trial for trial in trials if trial.status is not TrialStatus.FAILED]
+    return {"sample": tune.grid_search([{"run_id": trial.run_id, "parameters": trial.parameters} for trial in startable])}
 
 
 def _tune_trial(spec: TrialSpec, config: dict[str, Any]) -> None:
@@ -101,14 +103,15 @@ def _bundles(tuning: TuningConfig, training: TrainingConfig) -> list[dict[str, f
     one trial does not fit.
     """
     cpus = ray.cluster_resources().get("CPU", 0.0)
-    workers = [{"CPU": training.num_cpus_per_env_runner}] * training.num_env_runners
     needed = training.num_cpus_per_env_runner * training.num_env_runners
     if needed > cpus:
         raise ClusterError(
             f"one trial needs {needed:g} CPUs for {training.num_env_runners} rollout workers, the cluster has {cpus:g}; lower "
             "training.num_env_runners or training.num_cpus_per_env_runner"
         )
-    own = 0.0 if needed else 0.01  # Tune cannot reserve nothing at all
+    own, workers = 0.0, [{"CPU": training.num_cpus_per_env_runner}] * training.num_env_runners
+    if not needed:
+        own, workers = 0.01, []  # Tune cannot reserve nothing at all
     if tuning.scheduler == "pbt" and tuning.max_concurrent is not None:
         # Tune's own limit would not let the other trials start before the first have finished, and pbt compares all of them.
         own = max(own, int(100 * (cpus / tuning.max_concurrent - needed)) / 100)
@@ -161,7 +164,7 @@ class _Watcher(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
-        report = Report(**{name: result[name] for name in Report.__dataclass_fields__})
+        report = Report(**{field.name: result[field.name] for field in fields(Report)})
         known = self._trials[str(trial)]
         for message in report.messages:
             self._on_message(f"{known.run_id}: {message}")

@@ -59,6 +59,10 @@ def train_run(
     report = {"on_progress": on_progress, "on_message": on_message}
     if resume and run_id is not None and not force:
         loop = loop_of_run(loop, storage, run_id)  # with `force` the loop file stands as it is: that is what is forced
+        if chosen := read_config(storage.run(run_id)).tuned_settings():
+            on_message(
+                f"run {run_id} keeps what a search chose: {', '.join(f'{name} {value}' for name, value in chosen.items())}"
+            )
     backend = train if loop.training.rllib_algorithm is None else _rllib_backend()
     result = backend(loop.environment, loop.training, storage, run_id=run_id, resume=resume, force=force, **report)
     write_atomic(storage.run(result.run_id) / RESULT, canonical_json(result.to_json()))

@@ -19,7 +19,7 @@ from policies.errors import ClusterError
 from policies.storage import Storage, open_storage
 from policies.verdicts import Verdict
 from tests.command_line import ROOT, TRIMTAB
-from training.checkpoint import adopt_checkpoint, load_checkpoint
+from training.checkpoint import adopt_checkpoint, generation_name, load_checkpoint
 from training.config import EnvironmentConfig, TrainingConfig
 from training.runs import RunConfig, create_run, read_config
 from training.tuning import Trial, TrialStatus, TuningConfig, trial_training
@@ -135,22 +135,23 @@ def test_pbt_trials_that_copy_really_learn_on_from_the_donors_weights(storage: S
     # A copy removes the copier's own generations. So of the last one of the search, the donor's are still there.
     copies = [copy for trial in trials if trial.donors and (copy := _last_copy(storage, trial)) is not None]
     assert copies, [trial.donors for trial in trials]
-    for run_dir, donor, state in copies:
-        original = _state(storage.runs / donor.replace("/", "/checkpoints/"))
-        assert state["parameters_sha256"] == original["parameters_sha256"] and state["run_id"] == run_dir.name
+    run_dir, donor, state = copies[0]
+    original = _state(storage.runs / donor.replace("/", "/checkpoints/"))
+    assert state["parameters_sha256"] == original["parameters_sha256"] and state["run_id"] == run_dir.name
 
-        # The same again by hand: the donor's generation in a new run, and on with the settings that the trial had.
-        parameters = learned_with[(run_dir.name, donor)]
-        training = trial_training(settings, SHORT, parameters)
-        following = _state(sorted((run_dir / "checkpoints").glob("gen-*"))[1])
-        donor_config = read_config(storage.run(original["run_id"]))
-        again = create_run(storage, f"again-{run_dir.name}", RunConfig(CARTPOLE, donor_config.training))
-        adopt_checkpoint(again, storage.run(original["run_id"]), donor.partition("/")[2])
-        until = training.model_copy(update={"max_env_steps": following["env_steps"]})
-        result = train(CARTPOLE, until, storage, run_id=again.name, resume=True, force=True)
-        assert result.updates == following["update"] and result.parameters_sha256 == following["parameters_sha256"]
-        # Negative control: other settings make other parameters of the same copy.
-        assert parameters != donor_config.tuned_settings() and result.parameters_sha256 != state["parameters_sha256"]
+    # The same again by hand: the donor's generation in a new run, and on with the settings that the trial had.
+    donor_dir, parameters = storage.run(original["run_id"]), learned_with[(run_dir.name, donor)]
+    following = _state(sorted((run_dir / "checkpoints").glob("gen-*"))[1])
+    again = create_run(storage, "again", RunConfig(CARTPOLE, read_config(donor_dir).training))
+    adopt_checkpoint(again, donor_dir, donor.partition("/")[2])
+    until = trial_training(settings, SHORT, parameters).model_copy(update={"max_env_steps": following["env_steps"]})
+    result = train(CARTPOLE, until, storage, run_id="again", resume=True, force=True)
+    assert result.updates == following["update"] and result.parameters_sha256 == following["parameters_sha256"]
+    # Negative control: it was not the donor that went on, neither with its settings nor to its parameters.
+    chosen = read_config(donor_dir).tuned_settings()
+    assert parameters != {name: chosen[name] for name in parameters}
+    donors_own = donor_dir / "checkpoints" / generation_name(following["update"])
+    assert not donors_own.exists() or _state(donors_own)["parameters_sha256"] != following["parameters_sha256"]
 
 
 def _last_copy(storage: Storage, trial: Trial) -> tuple[Path, str, dict[str, Any]] | None:
@@ -199,9 +200,9 @@ def test_a_trial_whose_process_dies_fails_alone(storage: Storage):
             process.kill()
             killed.append(changed.number)
 
-    trials = search(
-        CARTPOLE, SHORT, tuning(num_trials=2, max_concurrent=1, max_env_steps=1_500), storage, "killed", on_trial=kill_the_first
-    )
+    settings = tuning(num_trials=2, max_concurrent=1, max_env_steps=1_500)
+    without_cpus = SHORT.model_copy(update={"num_cpus_per_env_runner": 0.0})  # nothing to reserve is no reason not to start
+    trials = search(CARTPOLE, without_cpus, settings, storage, "killed", on_trial=kill_the_first)
     assert killed == [0] and [trial.status for trial in trials] == [TrialStatus.FAILED, TrialStatus.FINISHED]
     assert "died" in trials[0].reason
 

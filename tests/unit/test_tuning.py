@@ -1,7 +1,10 @@
 """Trials: drawn alike each time, judged before they start, ranked by what was asked for, and shown so that one can use them."""
 
 import io
+import os
 import shlex
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from training.environment import read_spaces
 from training.runs import RunConfig, change_config, create_run, read_config, require_resumable
 from training.search_space import Domain
 from training.tuning import Trial, TrialStatus, TuningConfig, best_of, draw_trials, perturbed, ranked
+from trimtab.cluster import first_interrupt_noted
 from trimtab.commands.tuning import as_yaml, print_table, set_options, summary
 from trimtab.loop_file import load_loop_file
 from trimtab.parallel_coordinates import draw_parallel_coordinates, save_figure
@@ -150,6 +154,17 @@ def test_a_search_with_one_evaluated_trial_is_drawn(tmp_path: Path):
     rows = [trial(0, best_return=5.0), trial(1, status=TrialStatus.INTERRUPTED)]
     space = {"lr": Domain(log_uniform=(1e-4, 1e-1)), "num_epochs": Domain(choice=(4, 8))}
     assert all(path.stat().st_size > 1_000 for path in save_figure(draw_parallel_coordinates(rows, space, rows[0]), tmp_path))
+
+
+def test_the_first_interrupt_only_sets_the_event_and_the_second_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), first_interrupt_noted() as asked:
+        assert not asked.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.wait(timeout=5)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)  # ends at once: the interrupt arrives here
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_a_search_chose_stands_before_the_loop_file_for_its_run_only(tmp_path: Path):
