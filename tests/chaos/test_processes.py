@@ -198,7 +198,7 @@ def test_shards_of_a_removed_node_move(storage: Storage):
                 cluster.remove_node(lost, allow_graceful=False)
                 cluster.add_node(num_cpus=1)
 
-        # Half a CPU each: two workers fit on every node, so two of four are on the node that goes, and move to the one that comes.
+        # Half a CPU each: two workers fit on every node, so two of four are on the node that goes; they move to the new one.
         result = train(CARTPOLE, changed(num_env_runners=4, num_cpus_per_env_runner=0.5), storage, on_progress=remove_node)
         assert result.env_steps >= SHORT.max_env_steps
         assert rows[3].worker_restarts == 0 and rows[-1].worker_restarts >= 1
