@@ -40,6 +40,7 @@ SHORT = TrainingConfig(
     seed=11,
     normalize_observations=True,
 )
+OURS = ("update ", "message ", "result ")
 STEP_TIMEOUT_S = 120.0  # for the next line of a driver; its start takes 5 s here
 
 
@@ -88,7 +89,7 @@ class Driver:
     def result(self) -> str:
         """Wait for the end and return the digest of the parameters; fails when the run has found damage."""
         line = self.next_line()
-        while line.startswith("update "):
+        while line.startswith(("update ", "message the learner died")):
             line = self.next_line()
         assert line.startswith("result "), line
         return line.removeprefix("result ")
@@ -110,7 +111,8 @@ class Driver:
 
     def _read(self) -> None:
         for line in self.process.stdout:
-            self._lines.put(line.rstrip("\n"))
+            if line.startswith(OURS):  # Ray prints too, of processes that were killed
+                self._lines.put(line.rstrip("\n"))
         self._lines.put("")
 
 
