@@ -93,12 +93,15 @@ def train_with_rllib(
         start = _resume_run(storage, run_id, run_config, spaces, path, force=force, on_message=on_message)
     else:
         start = _Run(create_run(storage, run_id, run_config))
-    with lock_run(start.run_dir, timeout_s=LOCK_TIMEOUT_S):
-        loop = _Loop(environment, training, spaces, path, start, on_progress)
-        if start.is_over(training):
-            return loop.result(called_s)  # nothing to do: RLlib need not even start
+    with (
+        lock_run(start.run_dir, timeout_s=LOCK_TIMEOUT_S),
+        contextlib.closing(MetricsLog(start.run_dir, after_update=start.update)) as metrics,
+    ):
+        if start.is_over(training):  # nothing to do: RLlib need not even start
+            return _Loop(environment, training, spaces, path, start, metrics, on_progress).result(called_s)
         rllib_environment.register(config.env, environment)
         with rllib_algorithm.running(config, training) as algorithm:
+            loop = _Loop(environment, training, spaces, path, start, metrics, on_progress)  # its clock starts now
             loop.run(algorithm)
     return loop.result(called_s)
 
@@ -131,12 +134,14 @@ class _Loop:
         spaces: Spaces,
         path: InferencePath,
         run: _Run,
+        metrics: MetricsLog,
         on_progress: OnProgress,
     ) -> None:
         self._environment = environment
         self._training = training
         self._spaces = spaces
         self._path = path
+        self._metrics = metrics
         self._on_progress = on_progress
         self._first_env_step = run.env_steps
         self._clock = Clock(run.elapsed_s)
@@ -147,30 +152,30 @@ class _Loop:
         training, run, clock = self._training, self._run, self._clock
         if run.state is not None:
             _restore(algorithm, run.state, run.run_dir)
+            run.state = None
             rllib_algorithm.refill_replay_buffer(algorithm)
         else:
             self._save(algorithm)  # generation 0, so that the run can be resumed after a kill at any moment
         counter = rllib_algorithm.StepCounter(algorithm, training)
-        with contextlib.closing(MetricsLog(run.run_dir, after_update=run.update)) as metrics:
-            while not run.is_over(training):
-                began_s = time.monotonic()
-                result = _train_once(algorithm, run)
-                clock.computed(learner_s=time.monotonic() - began_s)  # RLlib collects and learns in one call
-                run.update, run.env_steps = run.update + 1, run.env_steps + counter.steps_since_last()
-                run.evaluations = run.evaluations.after_update()
-                clock.lap("learn_s")
+        while not run.is_over(training):
+            began_s = time.monotonic()
+            result = _train_once(algorithm, run)
+            clock.computed(learner_s=time.monotonic() - began_s)  # RLlib collects and learns in one call
+            run.update, run.env_steps = run.update + 1, run.env_steps + counter.steps_since_last()
+            run.evaluations = run.evaluations.after_update()
+            clock.lap("learn_s")
 
-                if is_evaluated(training, run.update, run.env_steps):
-                    self._evaluate(algorithm)
-                    clock.lap("evaluate_s")
+            if is_evaluated(training, run.update, run.env_steps):
+                self._evaluate(algorithm)
+                clock.lap("evaluate_s")
 
-                if run.is_over(training) or run.update % training.checkpoint_every_updates == 0:
-                    self._save(algorithm)
-                    clock.lap("checkpoint_s")
+            if run.is_over(training) or run.update % training.checkpoint_every_updates == 0:
+                self._save(algorithm)
+                clock.lap("checkpoint_s")
 
-                progress = self._progress(result)
-                metrics.append(asdict(progress))
-                self._on_progress(progress)
+            progress = self._progress(result)
+            self._metrics.append(asdict(progress))
+            self._on_progress(progress)
 
     def result(self, called_s: float) -> TrainResult:
         run, clock = self._run, self._clock

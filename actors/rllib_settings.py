@@ -135,6 +135,8 @@ def rllib_config(
             raise ConfigError(f"training.rllib.{setting} cannot be set: {REFUSED[setting]}")
     if name in RLLIB_OFFLINE:
         _check_input(name, settings, training)
+    elif "input_" in settings:
+        raise ConfigError(f"training.rllib.input_ is for {', '.join(RLLIB_OFFLINE)}; RLlib's {name} learns from the environment")
     methods = _methods_by_setting(config)
     calls: dict[str, dict[str, Any]] = {}
     for setting, value in settings.items():

@@ -116,6 +116,11 @@ def draw_trials(tuning: TuningConfig, training: TrainingConfig, spaces: Spaces, 
     Each trial has random numbers of its own: a search with more trials begins with the same ones. Raises `ConfigError` when
     none can start.
     """
+    if training.rllib_algorithm is not None:
+        raise ConfigError(
+            f"tuning searches with our own trainer, training.algorithm is {training.algorithm!r}; set it to ppo, or search with "
+            "Ray Tune and RLlib themselves"
+        )
     if tuning.scheduler == "pbt" and tuning.perturb_every_updates % training.evaluation_every_updates:
         raise ConfigError(
             f"tuning.perturb_every_updates {tuning.perturb_every_updates} must be a multiple of "

@@ -1,6 +1,7 @@
 """Is an exported policy the one that RLlib has: module, connectors and distribution, without training and without a cluster?"""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from actors.rllib_export import InferencePath
 from actors.rllib_settings import passed_settings, rllib_config
 from policies.bundle import MIN_GOLDEN, check_golden
 from policies.errors import ConfigError, IntegrityError, SpaceUnsupported, TrainingFailed
+from policies.network import Architecture, Gaussian
 from policies.policy import Policy
 from policies.spaces import Spaces
 from training.config import RLLIB_OFFLINE, EnvironmentConfig, TrainingConfig
+from training.environment import make_single
 from training.golden import golden_inputs
-from trimtab.loop_file import LoopConfig
+from trimtab.loop_file import LoopConfig, load_loop_file
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 VECTOR = gym_spaces.Box(-np.inf, np.inf, (3,), np.float32)
 TORQUE = gym_spaces.Box(np.array([-2, 0], np.float32), np.array([2, 5], np.float32))
 PUSH = gym_spaces.Discrete(4)
@@ -236,6 +240,7 @@ def test_spaces_that_rllib_treats_otherwise_are_refused(
         ("SAC", TORQUE, {"lr": 1e-3}, "actor_lr"),
         ("BC", PUSH, {"rllib": {"input_": ["/nowhere"]}}, "/nowhere, which does not exist"),
         ("BC", PUSH, {"rllib": {"input_": []}}, "set training.rllib.input_"),
+        ("DQN", PUSH, {"rllib": {"input_": "."}}, "learns from the environment"),
         ("CQL", TORQUE, {"normalize_observations": True}, "normalise the recording"),
     ],
 )
@@ -244,6 +249,32 @@ def test_settings_that_cannot_be_passed_or_exported_are_named(
 ):
     with pytest.raises(ConfigError, match=message):
         path_of(algorithm, action, **changes)
+
+
+@pytest.mark.parametrize(("algorithm", "changes"), [("SAC", {}), ("PPO", {"normalize_observations": True})])
+def test_networks_are_written_and_read(algorithm: str, changes: dict[str, Any]):
+    architecture = path_of(algorithm, TORQUE, **changes).architecture
+    assert Architecture.from_json(json.loads(json.dumps(architecture.to_json()))) == architecture
+    assert Gaussian().to_json() == {"squash": "clip", "std": "parameter"}  # as it was before RLlib's: digests stay the same
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"observation_clip": 0},
+        {"observation_clip": float("inf")},
+        {"observation_clip": True},
+        {"observation_clip": [1]},
+        {"gaussian": {"squash": "tanh", "std": "output", "greedy": "eval"}},
+        {"gaussian": {"squash": "tanh", "std": "output", "log_std_range": [2, -5]}},
+        {"gaussian": {"squash": "tanh", "std": "output", "log_std_range": [0, 1e9]}},
+        {"gaussian": {"squash": "tanh", "std": "output", "log_std_range": [0]}},
+        {"gaussian": {"squash": "tanh", "std": "output", "log_std_range": [float("nan"), 1]}},
+    ],
+)
+def test_hostile_networks_are_refused(hostile: dict[str, Any]):
+    with pytest.raises(IntegrityError, match="network description cannot be read"):
+        Architecture.from_json({"kind": "mlp", "hidden": [4], "activation": "tanh", **hostile})
 
 
 def test_only_what_the_user_set_is_passed_on():
@@ -273,6 +304,15 @@ def test_rllib_gets_the_settings():
     assert config.replay_buffer_config["type"] == "PrioritizedEpisodeReplayBuffer"  # RLlib merges, and so it is merged here
     assert config.model_config["fcnet_hiddens"] == [16, 8]
     assert config.restart_failed_env_runners is False
+
+
+@pytest.mark.parametrize("name", ["cartpole_dqn", "pendulum_sac"])
+def test_examples_can_be_passed_and_exported(name: str):
+    loop = load_loop_file(EXAMPLES / f"{name}.yaml")
+    single = make_single(loop.environment)
+    config = rllib_config(loop.environment, loop.training, single)
+    spaces = Spaces.from_gymnasium(single.observation_space, single.action_space)
+    assert InferencePath(config, loop.training, single, spaces).architecture.hidden == loop.training.hidden
 
 
 @pytest.mark.parametrize("name", ["rllib:sac", "SAC", "rllib:SCA"])

@@ -71,6 +71,11 @@ def test_pbt_compares_trials_only_where_they_are_evaluated():
         draw_trials(tuning(scheduler="pbt", perturb_every_updates=7), TrainingConfig(), SPACES, "x")
 
 
+def test_a_search_does_not_train_with_another_algorithm_than_was_asked_for():
+    with pytest.raises(ConfigError, match=r"tuning searches with our own trainer, training\.algorithm is 'rllib:SAC'"):
+        draw_trials(tuning(), TrainingConfig(algorithm="rllib:SAC"), SPACES, "x")
+
+
 def test_perturbed_settings_fit_each_other_or_stay_the_donors():
     rng, sizes = np.random.default_rng(0), {"minibatch_size": {"choice": [256, 2 * BATCH]}}
     for _ in range(20):

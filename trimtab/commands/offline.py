@@ -57,7 +57,7 @@ def resume(
     force: Annotated[bool, typer.Option("--force", help="Go on also with settings that make it another run.")] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Continue a run from its last checkpoint; it ends with the same parameters as if it had never stopped."""
+    """Continue a run from its last checkpoint; it ends with the same parameters as if it had never stopped (not with RLlib)."""
     from trimtab.pipeline import find_run
 
     context = open_context(loop_file, sets, storage)
