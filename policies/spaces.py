@@ -39,7 +39,8 @@ class Choices:
 
     def to_environment(self, index_BK: np.ndarray) -> np.ndarray:
         """Return what `env.step` takes, for indices that start at 0: int64 [B] or [B, *shape]."""
-        return (index_BK + np.array(self.starts)).reshape(len(index_BK), *self.shape)
+        value_BK = index_BK + np.array(self.starts) if any(self.starts) else index_BK.copy()
+        return value_BK.reshape(len(index_BK), *self.shape)
 
     def to_answer(self, index_K: np.ndarray) -> Any:
         """Return one action as a JSON value: a number, or nested lists of the space's shape."""

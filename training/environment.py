@@ -209,6 +209,33 @@ class _TellsWhere(gymnasium.Wrapper):
             raise _failed(self._config, "step", error) from error
 
 
+class _Lockstep(SyncVectorEnv):
+    """Gymnasium's environments in turn, in mode NEXT_STEP, with less around each step.
+
+    Actions are Python's integers, because `Discrete` takes 5 us to check one of numpy's, and of the infos only action masks are
+    kept. Measured with LunarLander-v3: 47 us per step instead of 54, of which the environment itself takes 42.
+    """
+
+    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        infos: dict[str, Any] = {}
+        steps = []
+        for index, (env, action) in enumerate(zip(self.envs, actions.tolist() if actions.ndim == 1 else actions, strict=True)):
+            if self._autoreset_envs[index]:
+                observation, info = env.reset()
+                steps.append((0.0, False, False))
+            else:
+                observation, *step, info = env.step(action)
+                steps.append(step)
+            self._env_obs[index] = observation
+            if ACTION_MASK in info:
+                infos = self._add_info(infos, {ACTION_MASK: info[ACTION_MASK]}, index)
+        rewards, terminateds, truncateds = zip(*steps)
+        self._observations = concatenate(self.single_observation_space, self._env_obs, self._observations)
+        terminateds_B, truncateds_B = np.array(terminateds, bool), np.array(truncateds, bool)
+        self._autoreset_envs = terminateds_B | truncateds_B
+        return self._observations, np.array(rewards, np.float64), terminateds_B, truncateds_B, infos
+
+
 class _ProcessVectorEnv(AsyncVectorEnv):
     """Gymnasium's, but it can be closed whatever became of its processes: some may be gone, some may hang."""
 
@@ -320,7 +347,7 @@ def _make_vector(config: EnvironmentConfig, num_envs: int) -> VectorEnv:
         if env.metadata.get("autoreset_mode") in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             return env
         env.close()  # it ends episodes in no way we know; single environments in lockstep end them in ours
-    return SyncVectorEnv([_factory(config)] * num_envs, copy=False)
+    return _Lockstep([_factory(config)] * num_envs, copy=False)
 
 
 def _has_vector_entry_point(config: EnvironmentConfig) -> bool:

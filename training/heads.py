@@ -75,6 +75,8 @@ class ChoiceHead:
         perturbed_NO = outputs_NO + noise_N
         if mask_NA is not None:
             perturbed_NO[~mask_NA] = -np.inf
+        if self.num_components == 1:
+            return perturbed_NO.argmax(axis=1)[:, None]
         return np.stack([perturbed_NO[:, part].argmax(axis=1) for part in self._parts], axis=1)
 
     def to_environment(self, actions_NK: np.ndarray) -> np.ndarray:

@@ -38,7 +38,8 @@ from training.seeds import Stream, derived_seed, generator
 
 NORMALISER = ("normaliser.mean", "normaliser.scale")
 LOG_STD = "policy.log_std"
-VALUE_ROWS = 1024  # the layers of so many rows stay in a core's cache; a whole fragment at once is twice as slow
+ROWS_AT_ONCE = 1024  # the layers of so many rows stay in a core's cache; a whole fragment at once is twice as slow
+IMAGES_AT_ONCE = 64  # images are unfolded into all their windows
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,14 @@ class Weights:
     parameters_P: np.ndarray
     normaliser_mean_D: np.ndarray
     normaliser_scale_D: np.ndarray
+
+    def normalised(self, obs: np.ndarray) -> np.ndarray:
+        """Return observations [..., D] as the network gets them: the same array where nothing is normalised."""
+        return (obs - self.normaliser_mean_D) * self.normaliser_scale_D if self._normalises else obs
+
+    @cached_property
+    def _normalises(self) -> bool:
+        return bool(self.normaliser_mean_D.any() or (self.normaliser_scale_D != 1).any())
 
     def tensors(self, layout: Layout) -> dict[str, np.ndarray]:
         """Return everything by name: policy, value function and normaliser."""
@@ -203,6 +212,7 @@ class Network:
         self._log_std_K = tensors.get(LOG_STD)
         self._policy = _Tower(layout, tensors, "policy")
         self._value = _Tower(layout, tensors, "value")
+        self.rows_at_once = IMAGES_AT_ONCE if self._value.convolutions else ROWS_AT_ONCE
 
     def outputs(self, x_ND: np.ndarray) -> np.ndarray:
         """Return the policy's outputs [N, O] for normalised observations, log-deviations of real-valued actions among them."""
@@ -210,12 +220,12 @@ class Network:
         return with_log_std(outputs_NO, self._log_std_K)
 
     def values(self, x_ND: np.ndarray) -> np.ndarray:
-        """Return the value [N] of each normalised observation, `VALUE_ROWS` at a time."""
+        """Return the value [N] of each normalised observation, `rows_at_once` at a time."""
         values_N = np.empty(len(x_ND), np.float32)
-        num_rows = VALUE_ROWS // 16 if self._value.convolutions else VALUE_ROWS  # images are unfolded into all their windows
-        for start in range(0, len(x_ND), num_rows):
-            x = self._value.inner_features(x_ND[start : start + num_rows])
-            values_N[start : start + num_rows] = perceptron(self._value.layers, self._layout.architecture.activation, x)[:, 0]
+        for start in range(0, len(x_ND), self.rows_at_once):
+            rows = slice(start, start + self.rows_at_once)
+            x = self._value.inner_features(x_ND[rows])
+            values_N[rows] = perceptron(self._value.layers, self._layout.architecture.activation, x)[:, 0]
         return values_N
 
 
@@ -250,7 +260,7 @@ class DifferentiableNetwork(Network):
             (weight, _), (d_weight, d_bias) = self._value.layers[-1], self._value_path.gradients.layers[-1]
             d_values_N1 = d_values_N[:, None]
             np.matmul(self._policy_path.last_hidden.T, d_values_N1, out=d_weight)
-            np.sum(d_values_N1, axis=0, out=d_bias)
+            _sum_rows(d_values_N1, out=d_bias)
             self._policy_path.backward(d_outputs_NO, d_values_N1 @ weight.T)
         else:
             self._policy_path.backward(d_outputs_NO)
@@ -311,7 +321,7 @@ class _Path:
         for index in reversed(range(len(self._tower.layers))):
             x, (weight, _), (d_weight, d_bias) = self._inputs[index], self._tower.layers[index], self.gradients.layers[index]
             np.matmul(x.T, d_z, out=d_weight)
-            np.sum(d_z, axis=0, out=d_bias)
+            _sum_rows(d_z, out=d_bias)
             if index == 0 and not self._tower.convolutions:
                 return
             d_x = d_z @ weight.T
@@ -327,7 +337,7 @@ class _Path:
             np.subtract(1, slope, out=slope)
             d_y *= slope
         else:
-            d_y *= y > 0
+            d_y *= (y > 0).view(np.int8)  # numpy multiplies by these faster than by booleans
         return d_y
 
     def _convolve(self, x_ND: np.ndarray) -> np.ndarray:
@@ -348,10 +358,15 @@ class _Path:
             (weight, _), (d_weight, d_bias) = self._tower.convolutions[index], self.gradients.convolutions[index]
             d_z = d_z.reshape(-1, convolution.filters)
             np.matmul(windows(images, convolution)[0].T, d_z, out=d_weight)
-            np.sum(d_z, axis=0, out=d_bias)
+            _sum_rows(d_z, out=d_bias)
             if index > 0:
                 d_images = _sum_windows(d_z @ weight.T, images.shape, convolution)
                 d_z = self._through_activation(d_images, images)
+
+
+def _sum_rows(d_z: np.ndarray, out: np.ndarray) -> None:
+    """Add up rows: as a product, which is four times as fast as numpy's sum along the first axis."""
+    np.matmul(np.ones(len(d_z), d_z.dtype), d_z, out=out)
 
 
 def _pixels(images: np.ndarray, convolution: Convolution) -> tuple[int, int]:

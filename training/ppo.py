@@ -178,14 +178,24 @@ class PPO:
         if self._training.normalize_advantages and len(batch) > 1:
             centred_N = batch.advantages_N - batch.advantages_N.mean()
             batch = replace(batch, advantages_N=centred_N / (batch.advantages_N.std(ddof=1) + np.float32(1e-8)))
-        outputs_NO, values_N = self._network.forward(batch.x_ND)
-        loss = ppo_loss(self._head, outputs_NO, values_N, batch, settings)
-        gradient_P = self._network.backward(loss.d_outputs_NO, loss.d_values_N)
+        gradient_P, statistics = self._gradient(batch, settings)
         norm = float(np.sqrt(gradient_P @ gradient_P))
         gradient_P *= np.float32(min(1.0, self._training.grad_clip / (norm + 1e-6)))
-        if not self._is_too_far(kl=loss.kl):
+        if not self._is_too_far(kl=statistics[3]):
             self._adam_step(gradient_P, lr)
-        return loss.policy_loss, loss.value_loss, loss.entropy, loss.kl, loss.clip_fraction, norm
+        return *statistics, norm
+
+    def _gradient(self, batch: Batch, settings: LossSettings) -> tuple[np.ndarray, tuple[float, ...]]:
+        """Return the gradient and the statistics of a minibatch: the means of its parts, which fit into a core's cache."""
+        gradient_P, statistics = np.zeros_like(self.state.parameters_P), np.zeros(5)
+        for start in range(0, len(batch), self._network.rows_at_once):
+            part = batch.rows(slice(start, start + self._network.rows_at_once))
+            outputs_NO, values_N = self._network.forward(part.x_ND)
+            loss = ppo_loss(self._head, outputs_NO, values_N, part, settings)
+            share = len(part) / len(batch)
+            gradient_P += self._network.backward(loss.d_outputs_NO, loss.d_values_N) * np.float32(share)
+            statistics += np.multiply((loss.policy_loss, loss.value_loss, loss.entropy, loss.kl, loss.clip_fraction), share)
+        return gradient_P, tuple(statistics.tolist())
 
     def _is_too_far(self, *, kl: float) -> bool:
         return self._training.kl_target is not None and kl > KL_TOLERANCE * self._training.kl_target
@@ -214,7 +224,7 @@ class PPO:
     def _part(self, rollout: Rollout) -> Batch:
         """Return one shard's valid steps. What was collected with older weights is evaluated again with those of now."""
         weights, valid_TB = self.state.weights(), rollout.valid_TB
-        x_TBD = (rollout.obs_TBD - weights.normaliser_mean_D) * weights.normaliser_scale_D
+        x_TBD = weights.normalised(rollout.obs_TBD)
         x_ND = x_TBD[:-1][valid_TB]
         actions_NK = rollout.actions_TBK[valid_TB]
         masks_NA = None if rollout.masks_TBA is None else rollout.masks_TBA[valid_TB]
@@ -226,7 +236,7 @@ class PPO:
             advantages_TB = advantages(terms[0], values_TB, next_values_TB, *terms[1:], **discounts)
             returns_TB, logp_N, weights_N = advantages_TB + values_TB, rollout.logp_TB[valid_TB], None
         else:
-            final_x_FD = (rollout.final_obs_FD - weights.normaliser_mean_D) * weights.normaliser_scale_D
+            final_x_FD = weights.normalised(rollout.final_obs_FD)
             all_values_TB = self._network.values(x_TBD.reshape(-1, x_TBD.shape[-1])).reshape(x_TBD.shape[:2])
             values_TB, next_values_TB = all_values_TB[:-1], rollout.next_values(all_values_TB, self._network.values(final_x_FD))
             logp_N = self._head.evaluate(self._network.outputs(x_ND), actions_NK, masks_NA).logp_N

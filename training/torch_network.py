@@ -1,5 +1,7 @@
 """The user's own torch network where the learner and the rollout workers expect ours: the same methods, the same flat vector."""
 
+import sys
+
 import numpy as np
 
 from policies.network import MODULE_PREFIX, num_outputs
@@ -9,6 +11,8 @@ from training.network import LOG_STD, Layout, with_log_std
 
 class TorchNetwork:
     """`training.network.DifferentiableNetwork`, computed by torch. Importing torch takes 2 s, in each process that makes one."""
+
+    rows_at_once = sys.maxsize  # a network of the user's own may look at a minibatch as a whole
 
     def __init__(self, layout: Layout, parameters_P: np.ndarray) -> None:
         tensors = layout.split(parameters_P)

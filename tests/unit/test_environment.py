@@ -4,13 +4,14 @@ import multiprocessing
 import time
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
 from actors.rollout_worker import RolloutWorker
 from policies.errors import ConfigError, EnvironmentFailed, SpaceUnsupported
 from training.config import EnvironmentConfig, TrainingConfig
-from training.environment import VectorEnvironment, check_environment, read_spaces
+from training.environment import VectorEnvironment, _Lockstep, check_environment, read_spaces
 from training.evaluation import evaluate
 from training.learner_state import LearnerState
 from training.network import layout_of, outputs_as_trained
@@ -117,9 +118,23 @@ def test_native_vectorisation_is_used_where_its_episodes_end_in_a_way_we_know():
     same_step = VectorEnvironment(config("WarmingInTheSameStep-v0"), 3, seed=0)
     assert type(same_step._env.unwrapped).__name__ == "WarmingInTheSameStep"
     never_resets = VectorEnvironment(config("NeverResets-v0"), 3, seed=0)
-    assert type(never_resets._env.unwrapped).__name__ == "SyncVectorEnv"
+    assert type(never_resets._env.unwrapped).__name__ == "_Lockstep"
     asked_for = VectorEnvironment(EnvironmentConfig(id="CartPole-v1", vectorization="sync"), 3, seed=0)
-    assert type(asked_for._env.unwrapped).__name__ == "SyncVectorEnv"
+    assert type(asked_for._env.unwrapped).__name__ == "_Lockstep"
+
+
+def test_environments_in_turn_are_stepped_as_gymnasium_steps_them():
+    make = [lambda: gymnasium.make("CartPole-v1", max_episode_steps=40)] * 3
+    ours, gymnasiums = _Lockstep(make, copy=False), gymnasium.vector.SyncVectorEnv(make)
+    np.testing.assert_array_equal(ours.reset(seed=7)[0], gymnasiums.reset(seed=7)[0])
+    num_ended = 0
+    for actions in np.random.default_rng(0).integers(0, 2, (300, 3)):
+        step, expected = ours.step(actions), gymnasiums.step(actions)
+        for array, expected_array in zip(step[:4], expected[:4]):
+            assert array.dtype == expected_array.dtype
+            np.testing.assert_array_equal(array, expected_array)
+        num_ended += int(step[2].sum() + step[3].sum())
+    assert num_ended > 30
 
 
 def test_an_observation_of_several_parts_without_names_is_learned_from():

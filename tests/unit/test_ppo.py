@@ -14,7 +14,7 @@ from training.config import EnvironmentConfig, TrainingConfig
 from training.environment import read_spaces
 from training.learner_state import LearnerState
 from training.network import Layout, initial_parameters, layout_of, outputs_as_trained, parameters_sha256
-from training.ppo import PPO, Batch
+from training.ppo import PPO, Batch, LossSettings, ppo_loss
 from training.rollout import Rollout, Shard
 
 LAYOUT = Layout(vector_spaces(3, 4), Architecture((8, 8), "tanh"))
@@ -140,6 +140,22 @@ def test_minibatches_use_every_valid_step_once_per_epoch(cartpole, monkeypatch):
     sizes = list(map(len, minibatches))
     assert max(sizes) - min(sizes) <= 1
     assert minibatches[0] != minibatches[len(minibatches) // training.num_epochs]  # each epoch in an order of its own
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 48, 1000])
+def test_a_minibatch_in_parts_has_the_gradient_and_statistics_of_the_whole(cartpole, rows_at_once: int):
+    layout, training, rollout = cartpole
+    learner = PPO(layout, training, LearnerState.initial(layout, 0))
+    batch = learner._batch([rollout])
+    batch = dataclasses.replace(batch, logp_N=batch.logp_N + 0.3)  # so that some ratios are clipped
+    settings = LossSettings(0.2, 0.5, None, 0.01)
+    outputs_NO, values_N = learner._network.forward(batch.x_ND)
+    loss = ppo_loss(learner._head, outputs_NO, values_N, batch, settings)
+    whole_P = learner._network.backward(loss.d_outputs_NO, loss.d_values_N).copy()
+    learner._network.rows_at_once = rows_at_once
+    gradient_P, statistics = learner._gradient(batch, settings)
+    assert np.abs(gradient_P - whole_P).max() < 1e-6 * np.abs(whole_P).max()
+    assert statistics == pytest.approx((loss.policy_loss, loss.value_loss, loss.entropy, loss.kl, loss.clip_fraction), rel=1e-5)
 
 
 def test_normaliser_is_the_mean_and_spread_of_all_valid_observations(cartpole):
