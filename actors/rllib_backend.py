@@ -32,7 +32,7 @@ from policies.spaces import Spaces
 from policies.storage import Storage
 from training.checkpoint import load_checkpoint, read_layout, save_checkpoint
 from training.config import EnvironmentConfig, TrainingConfig
-from training.environment import check_environment, make_single, read_spaces
+from training.environment import check_environment, read_spaces
 from training.evaluation import evaluate
 from training.golden import golden_inputs, to_tensors
 from training.metrics import MetricsLog
@@ -49,6 +49,7 @@ from training.runs import (
     require_resumable,
 )
 from training.seeds import Stream, derived_seed
+from training.vectorization import make_single
 
 # RLlib's names of what `UpdateReport` has as well, so that curves and TensorBoard show both trainers' beside each other.
 OUR_NAMES = {

@@ -11,7 +11,7 @@ from ray.tune.registry import register_env
 
 from policies.errors import EnvironmentFailed, TrimtabError
 from training.config import EnvironmentConfig
-from training.environment import make_single
+from training.vectorization import make_single
 
 
 def register(name: str, environment: EnvironmentConfig) -> None:

@@ -1,29 +1,22 @@
-"""How an environment is made and stepped: vectorised, checked, and with one meaning of "the episode ended".
+"""How environments are stepped and checked, with one meaning of "the episode ended".
 
 B environment, D feature, A choices of an action mask, F environments whose final observation came beside the next one.
 """
 
-import contextlib
-import difflib
-import importlib
-import re
-import time
 import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import concatenate, create_empty_array
 
 from policies.errors import ConfigError, EnvironmentFailed
 from policies.spaces import ACTION_MASK, Choices, Spaces, action_of, allows_something
 from training.config import EnvironmentConfig
-
-CLOSE_TIMEOUT_S = 5.0  # for an environment in a process of its own to give back what it holds, before that is killed
+from training.vectorization import failed, make_single, make_vector
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class VectorEnvironment:
     def __init__(self, config: EnvironmentConfig, num_envs: int, *, seed: int) -> None:
         self.config = config
         self.num_envs = num_envs
-        self._env = _make(config, num_envs)
+        self._env = make_vector(config, num_envs)
         try:
             self._begin(seed)
         except BaseException:
@@ -66,7 +59,7 @@ class VectorEnvironment:
         try:
             observations, infos = self._env.reset(seed=seed)
         except Exception as error:
-            raise _failed(self.config, "reset", error) from error
+            raise failed(self.config, "reset", error) from error
         self.spaces = Spaces.from_gymnasium(
             self._env.single_observation_space, self._env.single_action_space, mask_in_info=ACTION_MASK in infos
         )
@@ -82,7 +75,7 @@ class VectorEnvironment:
         try:
             observations, rewards, terminateds, truncateds, infos = self._env.step(actions)
         except Exception as error:
-            raise _failed(self.config, "step", error) from error
+            raise failed(self.config, "step", error) from error
         valid_B = np.ones(self.num_envs, bool) if self._resets_in_same_step else ~self._ended_B
         # Copies: an environment may write its next step into the same arrays, and a fragment keeps them all.
         terminateds_B, truncateds_B = np.array(terminateds, bool), np.array(truncateds, bool)
@@ -98,7 +91,7 @@ class VectorEnvironment:
         try:
             self._env.close()
         except Exception as error:
-            raise _failed(self.config, "close", error) from error
+            raise failed(self.config, "close", error) from error
 
     def _encode(self, observations: Any, batch_size: int) -> np.ndarray:
         try:
@@ -177,80 +170,6 @@ class VectorEnvironment:
         return rewards_B
 
 
-def _failed(config: EnvironmentConfig, method: str, error: Exception) -> EnvironmentFailed:
-    """Say what an environment's own code did; what a process of its own said already stays as it is."""
-    if isinstance(error, EnvironmentFailed):
-        return EnvironmentFailed(str(error))
-    if isinstance(error, EOFError):
-        return EnvironmentFailed(f"a process of environment {config.id!r} ended in {method}, without an error of Python's")
-    return EnvironmentFailed(
-        f"environment {config.id!r} raised {type(error).__name__} in {method}: {error}\nIts traceback:\n"
-        + "".join(traceback.format_exception(error))
-    )
-
-
-class _TellsWhere(gymnasium.Wrapper):
-    """Tells an error with its traceback: of any other one that happens in another process only the message comes back."""
-
-    def __init__(self, env: gymnasium.Env, config: EnvironmentConfig) -> None:
-        super().__init__(env)
-        self._config = config
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        try:
-            return self.env.reset(seed=seed, options=options)
-        except Exception as error:
-            raise _failed(self._config, "reset", error) from error
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        try:
-            return self.env.step(action)
-        except Exception as error:
-            raise _failed(self._config, "step", error) from error
-
-
-class _Lockstep(SyncVectorEnv):
-    """Gymnasium's environments in turn, in mode NEXT_STEP, with less around each step.
-
-    Actions are Python's integers, because `Discrete` takes 5 us to check one of numpy's, and of the infos only action masks are
-    kept. Measured with LunarLander-v3: 47 us per step instead of 54, of which the environment itself takes 42.
-    """
-
-    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        infos: dict[str, Any] = {}
-        steps = []
-        for index, (env, action) in enumerate(zip(self.envs, actions.tolist() if actions.ndim == 1 else actions, strict=True)):
-            if self._autoreset_envs[index]:
-                observation, info = env.reset()
-                steps.append((0.0, False, False))
-            else:
-                observation, *step, info = env.step(action)
-                steps.append(step)
-            self._env_obs[index] = observation
-            if ACTION_MASK in info:
-                infos = self._add_info(infos, {ACTION_MASK: info[ACTION_MASK]}, index)
-        rewards, terminateds, truncateds = zip(*steps)
-        self._observations = concatenate(self.single_observation_space, self._env_obs, self._observations)
-        terminateds_B, truncateds_B = np.array(terminateds, bool), np.array(truncateds, bool)
-        self._autoreset_envs = terminateds_B | truncateds_B
-        return self._observations, np.array(rewards, np.float64), terminateds_B, truncateds_B, infos
-
-
-class _ProcessVectorEnv(AsyncVectorEnv):
-    """Gymnasium's, but it can be closed whatever became of its processes: some may be gone, some may hang."""
-
-    def close_extras(self, **_: Any) -> None:
-        for pipe in self.parent_pipes:
-            with contextlib.suppress(OSError, AttributeError):  # broken, or None where the process has told an error
-                pipe.send(("close", None))
-        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
-        for process in self.processes:
-            process.join(max(0.0, deadline_s - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-                process.join()
-
-
 def read_spaces(config: EnvironmentConfig) -> Spaces:
     """Return what an environment's policies take and give, by making it once."""
     environment = VectorEnvironment(config, 1, seed=0)
@@ -310,85 +229,6 @@ def _mask_in(observation: Any, info: Any) -> Any:
     return info.get(ACTION_MASK) if isinstance(info, dict) else None
 
 
-def make_single(config: EnvironmentConfig) -> gymnasium.Env:
-    """Make one environment that is not vectorised; raises what `VectorEnvironment` raises."""
-    return _explained(config, lambda: _factory(config)())
-
-
-def _make(config: EnvironmentConfig, num_envs: int) -> VectorEnv:
-    return _explained(config, lambda: _make_vector(config, num_envs))
-
-
-def _explained(config: EnvironmentConfig, make: Callable[[], Any]) -> Any:
-    """Call `make` and say in our errors what went wrong in it."""
-    try:
-        return make()
-    except ConfigError:
-        raise
-    except gymnasium.error.UnregisteredEnv as error:
-        raise ConfigError(_unknown_id(config.id)) from error
-    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
-        raise ConfigError(f"environment {config.id!r} needs something that cannot be imported: {error}") from error
-    except gymnasium.error.Error as error:
-        raise ConfigError(f"environment {config.id!r} cannot be made: {error}") from error
-    except Exception as error:
-        raise EnvironmentFailed(
-            f"environment {config.id!r} with kwargs {config.kwargs} raised {type(error).__name__} when it was made: {error}\n"
-            "Its traceback:\n" + "".join(traceback.format_exception(error))
-        ) from error
-
-
-def _make_vector(config: EnvironmentConfig, num_envs: int) -> VectorEnv:
-    if config.vectorization == "async":
-        make = _factory(config)
-        return _ProcessVectorEnv([lambda: _TellsWhere(make(), config)] * num_envs, copy=False)
-    if config.vectorization == "auto" and _has_vector_entry_point(config):
-        env = gymnasium.make_vec(config.id, num_envs=num_envs, **_kwargs(config))
-        if env.metadata.get("autoreset_mode") in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-            return env
-        env.close()  # it ends episodes in no way we know; single environments in lockstep end them in ours
-    return _Lockstep([_factory(config)] * num_envs, copy=False)
-
-
-def _has_vector_entry_point(config: EnvironmentConfig) -> bool:
-    registered_id = config.id.rpartition(":")[2]  # `_named_factory` has imported the module that registers it
-    return _named_factory(config) is None and gymnasium.spec(registered_id).vector_entry_point is not None
-
-
-def _factory(config: EnvironmentConfig) -> Callable[[], gymnasium.Env]:
-    """Return what makes one environment: the function that the id names, or Gymnasium's `make`."""
-    factory = _named_factory(config)
-    if factory is None:
-        # The passive checker costs as much as CartPole itself; `check_environment` has looked once and for all.
-        return lambda: gymnasium.make(config.id, disable_env_checker=True, **_kwargs(config))
-
-    def make() -> gymnasium.Env:
-        env = factory(**config.kwargs)
-        if not isinstance(env, gymnasium.Env):
-            raise ConfigError(f"environment {config.id!r} returned {type(env).__name__}, not a gymnasium.Env")
-        limit = config.max_episode_steps
-        return env if limit is None else gymnasium.wrappers.TimeLimit(env, limit)
-
-    return make
-
-
-def _named_factory(config: EnvironmentConfig) -> Callable[..., Any] | None:
-    """Return the function or class that `module:name` names, or None when the id is one of Gymnasium's registry."""
-    module_name, separator, name = config.id.partition(":")
-    if not separator:
-        return None
-    module = importlib.import_module(module_name)
-    factory = getattr(module, name, None)
-    if factory is None and not re.search(r"-v\d+$", name):
-        raise ConfigError(f"environment {config.id!r}: module {module_name} has no function {name!r}{_close(name, vars(module))}")
-    return factory
-
-
-def _kwargs(config: EnvironmentConfig) -> dict[str, Any]:
-    limit = config.max_episode_steps
-    return config.kwargs if limit is None else {**config.kwargs, "max_episode_steps": limit}
-
-
 def _rows(tree: Any, index_F: np.ndarray) -> Any:
     return {key: _rows(value, index_F) for key, value in tree.items()} if isinstance(tree, dict) else tree[index_F]
 
@@ -398,14 +238,3 @@ def _rule(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     names = [frame.name for frame in frames if frame.filename.endswith("env_checker.py")]
     return names[-1] if names else "check_env"
-
-
-def _unknown_id(env_id: str) -> str:
-    hint = _close(env_id, gymnasium.registry)
-    own = "An id of your own is written module:Id-v0 or module:factory"
-    return f"environment {env_id!r} is not registered with Gymnasium{hint}. {own}"
-
-
-def _close(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}" if close else ""

@@ -17,8 +17,9 @@ import numpy as np
 from policies.errors import ClusterError
 from policies.spaces import ACTION_MASK
 from training.config import EnvironmentConfig
-from training.environment import make_single, read_spaces
+from training.environment import read_spaces
 from training.gates.intervals import mean_interval
+from training.vectorization import make_single
 
 REQUEST_TIMEOUT_S = 10.0
 FEEDBACK_EVERY_S = 0.1  # rewards travel in batches of this age: half the requests, and a client's event queue does the same

@@ -1,22 +1,26 @@
 """Environments: what is refused, and that what goes wrong inside one is said with its own words."""
 
 import multiprocessing
+import subprocess
+import sys
 import time
 from typing import Any
 
 import gymnasium
 import numpy as np
+import psutil
 import pytest
 
 from actors.rollout_worker import RolloutWorker
 from policies.errors import ConfigError, EnvironmentFailed, SpaceUnsupported
 from training.config import EnvironmentConfig, TrainingConfig
-from training.environment import VectorEnvironment, _Lockstep, check_environment, read_spaces
+from training.environment import VectorEnvironment, check_environment, read_spaces
 from training.evaluation import evaluate
 from training.learner_state import LearnerState
 from training.network import layout_of, outputs_as_trained
 from training.ppo import PPO
 from training.rollout import Shard
+from training.vectorization import Lockstep
 
 HERE = "tests.training_environments:"
 
@@ -118,14 +122,14 @@ def test_native_vectorisation_is_used_where_its_episodes_end_in_a_way_we_know():
     same_step = VectorEnvironment(config("WarmingInTheSameStep-v0"), 3, seed=0)
     assert type(same_step._env.unwrapped).__name__ == "WarmingInTheSameStep"
     never_resets = VectorEnvironment(config("NeverResets-v0"), 3, seed=0)
-    assert type(never_resets._env.unwrapped).__name__ == "_Lockstep"
+    assert type(never_resets._env.unwrapped).__name__ == "Lockstep"
     asked_for = VectorEnvironment(EnvironmentConfig(id="CartPole-v1", vectorization="sync"), 3, seed=0)
-    assert type(asked_for._env.unwrapped).__name__ == "_Lockstep"
+    assert type(asked_for._env.unwrapped).__name__ == "Lockstep"
 
 
 def test_environments_in_turn_are_stepped_as_gymnasium_steps_them():
     make = [lambda: gymnasium.make("CartPole-v1", max_episode_steps=40)] * 3
-    ours, gymnasiums = _Lockstep(make, copy=False), gymnasium.vector.SyncVectorEnv(make)
+    ours, gymnasiums = Lockstep(make, copy=False), gymnasium.vector.SyncVectorEnv(make)
     np.testing.assert_array_equal(ours.reset(seed=7)[0], gymnasiums.reset(seed=7)[0])
     num_ended = 0
     for actions in np.random.default_rng(0).integers(0, 2, (300, 3)):
@@ -238,7 +242,7 @@ def test_faults_in_another_process_are_told_in_its_own_words_and_it_can_be_close
 
 
 def test_a_process_that_hangs_is_ended_on_close(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("training.environment.CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("training.vectorization.CLOSE_TIMEOUT_S", 0.2)
     hanging = EnvironmentConfig(id=HERE + "Faulty-v0", kwargs={"fault": "hang"}, vectorization="async")
     environment = VectorEnvironment(hanging, 2, seed=0)
     for _ in range(2):
@@ -247,6 +251,35 @@ def test_a_process_that_hangs_is_ended_on_close(monkeypatch: pytest.MonkeyPatch)
     began_s = time.monotonic()
     environment.close()
     assert not multiprocessing.active_children() and time.monotonic() - began_s < 60
+
+
+HANGS_IN_A_PROCESS = """
+import numpy as np
+from training.config import EnvironmentConfig
+from training.environment import VectorEnvironment
+
+config = EnvironmentConfig(id="tests.training_environments:Faulty-v0", kwargs={"fault": "hang"}, vectorization="async")
+environment = VectorEnvironment(config, 1, seed=0)
+print(environment._env.processes[0].pid, flush=True)
+while True:
+    environment.step(np.zeros(1, int))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_process_that_hangs_ends_with_the_one_that_made_it():
+    parent = subprocess.Popen([sys.executable, "-c", HANGS_IN_A_PROCESS], stdout=subprocess.PIPE, text=True)
+    try:
+        child = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(1)  # by then it hangs, or else it ends by itself and shows nothing
+        assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline_s = time.monotonic() + 20
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s, "the environment's process lives on"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("action", ["discrete", "multi_discrete", "multi_binary", "box", "open"])

@@ -19,8 +19,8 @@ from policies.network import Architecture, Gaussian
 from policies.policy import Policy
 from policies.spaces import Spaces
 from training.config import RLLIB_OFFLINE, EnvironmentConfig, TrainingConfig
-from training.environment import make_single
 from training.golden import golden_inputs
+from training.vectorization import make_single
 from trimtab.loop_file import LoopConfig, load_loop_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
