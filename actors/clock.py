@@ -13,7 +13,7 @@ class Clock:
         self._earlier_s = earlier_s
         self.evaluated_s = earlier_s  # when the last evaluation ended
         self._laps = dict.fromkeys(PHASES, 0.0)
-        self.totals = dict.fromkeys(PHASES, 0.0)
+        self._taken = dict.fromkeys(PHASES, 0.0)
 
     @property
     def session_s(self) -> float:
@@ -22,6 +22,11 @@ class Clock:
     @property
     def elapsed_s(self) -> float:
         return self._earlier_s + self.session_s
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Everything booked so far."""
+        return {phase: self._taken[phase] + self._laps[phase] for phase in PHASES}
 
     def lap(self, phase: str) -> None:
         """Book the time since the last lap to a phase."""
@@ -37,8 +42,7 @@ class Clock:
             self._laps[phase] += value
 
     def take_laps(self) -> dict[str, float]:
-        """Return the phases of this update and begin the next."""
-        laps, self._laps = self._laps, dict.fromkeys(PHASES, 0.0)
-        for phase, value in laps.items():
-            self.totals[phase] += value
+        """Return what was booked since the last call."""
+        self._taken, laps = self.totals, self._laps
+        self._laps = dict.fromkeys(PHASES, 0.0)
         return laps

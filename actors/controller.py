@@ -49,7 +49,8 @@ class Progress:
 
     `return_mean`, `return_low` and `return_high` are of the last training episodes, actions sampled (None before two ended);
     the interval is the mean plus or minus two standard errors. Of the times, `collect_s` is what the loop waited for
-    fragments and `learn_s` for the learner; `worker_s` and `learner_s` are what those processes computed.
+    fragments and `learn_s` for the learner, and `checkpoint_s` is of a checkpoint before this update; `worker_s` and
+    `learner_s` are what those processes computed.
     """
 
     run_id: str
@@ -228,15 +229,6 @@ class _Loop:
                     best_ref = weights_ref if evaluations.best_update == update else best_ref
                     clock.lap("evaluate_s")
 
-                # Environments restart at these updates whether or not the run is killed in between: so a resumed run, which has
-                # to restart them, makes the same bits as one that was never killed.
-                is_restart = next_restart(update - 1, training) == update
-                restarted_at = update if is_restart else restarted_at
-                if is_restart or stop_reason(training, env_steps, evaluations) is not None:
-                    saved = self._save(learner, run_dir, best_ref, evaluations, elapsed_s=clock.elapsed_s)
-                    self._deaths_in_a_row = 0
-                    clock.lap("checkpoint_s")
-
                 clock.computed(worker_s=fragments.compute_s, learner_s=learner_s)
                 progress = Progress(
                     run_id=run_dir.name,
@@ -254,7 +246,17 @@ class _Loop:
                     learner_restarts=self._learner_restarts,
                     **clock.take_laps(),
                 )
+                # Before the checkpoint: a run that is killed in between makes this update again, and replaces its row.
                 self._metrics.append(asdict(progress))
+
+                # Environments restart at these updates whether or not the run is killed in between: so a resumed run, which has
+                # to restart them, makes the same bits as one that was never killed.
+                is_restart = next_restart(update - 1, training) == update
+                restarted_at = update if is_restart else restarted_at
+                if is_restart or stop_reason(training, env_steps, evaluations) is not None:
+                    saved = self._save(learner, run_dir, best_ref, evaluations, elapsed_s=clock.elapsed_s)
+                    self._deaths_in_a_row = 0
+                    clock.lap("checkpoint_s")
                 self._on_progress(progress)
 
             reason = stop_reason(training, env_steps, evaluations)

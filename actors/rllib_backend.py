@@ -170,12 +170,12 @@ class _Loop:
                 self._evaluate(algorithm)
                 clock.lap("evaluate_s")
 
+            progress = self._progress(result)
+            self._metrics.append(asdict(progress))  # before the checkpoint, as in our own loop
+
             if run.is_over(training) or run.update % training.checkpoint_every_updates == 0:
                 self._save(algorithm)
                 clock.lap("checkpoint_s")
-
-            progress = self._progress(result)
-            self._metrics.append(asdict(progress))
             self._on_progress(progress)
 
     def result(self, called_s: float) -> TrainResult:

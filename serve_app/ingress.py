@@ -1,6 +1,7 @@
 """How one request becomes one logged decision: key, body, arm, batch, action, log line, answer."""
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -114,6 +115,12 @@ class Ingress:
         variant = answering.variant
         seed = seed_of(ask.decision_id)
         action, propensity = variant.policy.distribution.choose(answering.parameters_BP[row], variant.mode, seed)
+        mixture_propensity = _mixture_propensity(action, row, snapshot, effective)
+        if not (0 < propensity < math.inf and 0 < mixture_propensity < math.inf):  # densities of hundreds of narrow components
+            return ServiceUnavailable(
+                f"the action's propensity is {propensity:g}, and {mixture_propensity:g} over all arms: that cannot be written down "
+                "and learned from; serve this policy greedily"
+            )
         return Decision(
             decision_id=ask.decision_id,
             time_s=self._wall_clock(),
@@ -129,7 +136,7 @@ class Ingress:
             mode=variant.mode,
             seed=seed,
             propensity=propensity,
-            mixture_propensity=_mixture_propensity(action, row, snapshot, effective),
+            mixture_propensity=mixture_propensity,
             fallback=None if variant.version == arm.version else distributions[arm.version].failure,
             latency_s=time.perf_counter() - ask.started_s,
             action_mask=None if ask.mask_A is None else ask.mask_A.tolist(),

@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
+from actors import controller
 from actors.controller import Progress, TrainResult, train
 from actors.worker_pool import WorkerPool
 from policies.errors import ConfigError, EnvironmentFailed, NotFound, TrainingFailed
@@ -19,6 +21,7 @@ from tests.training_runs import CARTPOLE, SHORT, Driver, changed
 from training.checkpoint import load_checkpoint, load_policy
 from training.config import EnvironmentConfig, TrainingConfig
 from training.evaluation import evaluate
+from training.metrics import read_metrics
 from training.runs import RunConfig, create_run
 
 pytestmark = pytest.mark.ray
@@ -95,6 +98,23 @@ def test_resumed_run_ends_with_the_same_parameters(
     assert len(messages) == damage
     metrics = [json.loads(line)["update"] for line in (storage.run("cut") / "metrics.jsonl").read_text().splitlines()]
     assert metrics == list(range(1, result.updates + 1))
+
+
+def test_no_metrics_are_lost_between_a_checkpoint_and_the_end_of_its_update(storage: Storage, monkeypatch: pytest.MonkeyPatch):
+    save = controller._Loop._save
+
+    def die_after_saving(*arguments: Any, **progress: Any) -> controller.Saved:
+        saved = save(*arguments, **progress)
+        if load_checkpoint(storage.run("cut")).state["update"] > 0:
+            raise Interrupted
+        return saved
+
+    monkeypatch.setattr(controller._Loop, "_save", die_after_saving)
+    with pytest.raises(Interrupted):
+        train(CARTPOLE, SHORT, storage, run_id="cut")
+    monkeypatch.undo()
+    result = train(CARTPOLE, SHORT, storage, run_id="cut", resume=True)
+    assert [row["update"] for row in read_metrics(storage.run("cut"))] == list(range(1, result.updates + 1))
 
 
 def test_asynchronous_run_is_as_reproducible_as_a_synchronous_one(storage: Storage, undisturbed: TrainResult):

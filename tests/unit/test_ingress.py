@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from policies.bundle import Golden
 from policies.distributions import seed_of
+from policies.network import Architecture, Gaussian, tensor_shapes
+from policies.observations import Box
+from policies.policy import Policy
 from policies.records import Decision, LogTail
 from policies.registry import Registry
+from policies.spaces import Numbers, Spaces
 from policies.storage import Storage, open_storage
 from policies.traffic import Arm, TrafficPlan, assign, champion_only, with_canary
 from serve_app.config import ServingConfig
@@ -64,6 +69,25 @@ def test_a_logged_decision_replays_bit_for_bit_from_any_batch(storage: Storage, 
         obs_1D = np.array([decision.observation]).astype(np.float32)
         again = policy.distribution.choose(policy.distributions(obs_1D)[0], decision.mode, decision.seed)
         assert again == (decision.action, decision.propensity)  # equal floats, not close ones
+
+
+@pytest.mark.parametrize(("deviation", "propensity"), [(1e-6, "inf"), (1e6, "0")])
+def test_what_has_no_propensity_that_can_be_written_down_is_not_answered(tmp_path: Path, deviation: float, propensity: str):
+    numbers = Numbers(np.full(60, -np.inf, np.float32), np.full(60, np.inf, np.float32))
+    spaces = Spaces(Box(np.full(2, -1, np.float32), np.ones(2, np.float32)), numbers)
+    architecture = Architecture((4,), gaussian=Gaussian())
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in tensor_shapes(architecture, spaces).items()}
+    tensors |= {"normaliser.scale": np.ones(2, np.float32), "policy.log_std": np.full(60, np.log(deviation), np.float32)}
+    if propensity == "0":
+        architecture = Architecture((4,), gaussian=Gaussian(log_std_range=(-20, 20)))
+    policy, obs_ND = Policy(spaces, architecture, tensors), np.random.default_rng(0).random((32, 2), np.float32)
+    for mode, status, num_logged in (("sample", 503, 0), ("greedy", 200, 1)):
+        storage = open_storage(tmp_path / mode)
+        publish(storage, policy, golden=Golden(obs_ND, policy.distributions(obs_ND)), mode=mode)
+        [reply] = decide_all(storage, replica_of(storage), [{"observation": [0, 0]}])
+        assert (reply.status, len(logged(storage))) == (status, num_logged)
+        if mode == "sample":
+            assert f"propensity is {propensity}, and {propensity} over all arms" in reply.error
 
 
 def test_another_version_would_not_reproduce_the_log(storage: Storage) -> None:

@@ -77,19 +77,24 @@ def decide(
     loop_file: LoopFile = DEFAULT_LOOP_FILE,
     storage: StorageOption = None,
     unit_id: Annotated[str | None, typer.Option(help="Who asks; the same unit keeps its arm.")] = None,
+    action_mask: Annotated[str | None, typer.Option(help="Which choices exist now: a JSON list of 0 and 1.")] = None,
     as_json: JsonOption = False,
 ) -> int:
     """Ask the running endpoint for one decision."""
-    try:
-        values = json.loads(observation)
-    except ValueError as error:
-        raise UsageError(f"observation {observation!r} is not JSON: {error}") from error
+    values, mask = (_parsed(name, text) for name, text in (("observation", observation), ("action mask", action_mask or "null")))
     context = open_context(loop_file, None, storage)
     with connect(context) as client:
-        decision = client.decide(values, unit_id=unit_id)
+        decision = client.decide(values, action_mask=mask, unit_id=unit_id)
     text = "action {action} by version {version} ({arm}), propensity {propensity:.4f}, decision {decision_id}".format(**decision)
     output(as_json, decision, text)
     return DONE
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{name} {text!r} is not JSON: {error}") from error
 
 
 def drive(
