@@ -8,6 +8,7 @@ So two cores can show the shape of sixteen workers: what is measured is everythi
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ RESULT_FILE = Path(__file__).parent / "results" / "scaling.json"
 STEP_S = 0.001
 NUM_WORKERS = (1, 2, 4, 8, 16)
 SLOW = EnvironmentConfig(id="benchmarks.scaling:slow")
-# One environment per shard and one shard per worker: the environment's own speed is 1,000 steps/s per worker, by definition.
+# One shard per worker, whose environments step one after the other: 1,000 steps/s per worker at most, by definition.
 BASE = {
-    "num_envs_per_shard": 1,
-    "rollout_fragment_length": 250,
+    "num_envs_per_shard": 8,
+    "rollout_fragment_length": 64,
     "max_staleness": 1,
     "num_cpus_per_env_runner": 0.0,
     "evaluation_episodes": 1,
@@ -34,6 +35,7 @@ BASE = {
     "checkpoint_every_updates": 1_000,
     "num_epochs": 1,
 }
+STEPS_PER_FRAGMENT = BASE["num_envs_per_shard"] * BASE["rollout_fragment_length"]
 
 
 class Slow(gymnasium.Env):
@@ -79,11 +81,9 @@ def measure(num_workers: int, *, num_updates: int, learner_s_per_step: float = 0
         **BASE,
         num_env_runners=num_workers,
         num_shards=num_workers,
-        minibatch_size=BASE["rollout_fragment_length"],
-        max_env_steps=num_workers * BASE["rollout_fragment_length"] * num_updates,
+        minibatch_size=STEPS_PER_FRAGMENT,
+        max_env_steps=num_workers * STEPS_PER_FRAGMENT * num_updates,
     )
-    import tempfile
-
     usual = controller.Learner
     controller.Learner = _slowed(usual, learner_s_per_step)
     try:

@@ -118,8 +118,8 @@ class Ingress:
         mixture_propensity = _mixture_propensity(action, row, snapshot, effective)
         if not (0 < propensity < math.inf and 0 < mixture_propensity < math.inf):  # densities of hundreds of narrow components
             return ServiceUnavailable(
-                f"the action's propensity is {propensity:g}, and {mixture_propensity:g} over all arms: that cannot be written down "
-                "and learned from; serve this policy greedily"
+                f"the action's propensity is {propensity:g}, and {mixture_propensity:g} over all arms: nothing can be learned "
+                "from that; serve this policy greedily"
             )
         return Decision(
             decision_id=ask.decision_id,
