@@ -36,6 +36,20 @@ class Task:
     training: dict[str, Any]
 
 
+# Also those of the throughput with learning in benchmarks/throughput.py: one fragment ahead, so that both cores have work.
+LANDING: dict[str, Any] = {
+    "max_env_steps": 1_000_000,
+    "lr": [[0, 1e-3], [1_000_000, 1e-4]],
+    "num_epochs": 4,
+    "minibatch_size": 256,
+    "entropy_coeff": 0.01,
+    "num_envs_per_shard": 16,
+    "rollout_fragment_length": 128,
+    "activation": "relu",
+    "normalize_rewards": True,  # a landing or a crash is worth 100: its value's gradient would drown the policy's
+    "max_staleness": 1,
+    "evaluation_every_updates": 10,
+}
 TASKS = {
     "cartpole": Task("CartPole-v1", 10, 495, {"max_env_steps": 100_000}),
     "acrobot": Task(
@@ -70,6 +84,25 @@ TASKS = {
             "normalize_observations": True,
             "normalize_rewards": True,
             "initial_log_std": 0.5,  # the hill is found by strong pushes, and only by those
+        },
+    ),
+    "lunar_lander": Task("LunarLander-v3", 5, 242, LANDING),
+    "pendulum": Task(
+        "Pendulum-v1",
+        5,
+        -172,
+        # gamma is RL Zoo's. Its evaluations begin all over the circle and differ by 20 with 20 episodes, hence more of them.
+        {
+            "max_env_steps": 100_000,
+            "gamma": 0.9,
+            "lr": [[0, 1e-3], [100_000, 1e-4]],
+            "num_epochs": 10,
+            "minibatch_size": 128,
+            "num_envs_per_shard": 4,
+            "rollout_fragment_length": 256,
+            "activation": "relu",
+            "initial_log_std": 0.3,
+            "evaluation_episodes": 100,
         },
     ),
 }

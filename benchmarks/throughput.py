@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.learning import LANDING
 from benchmarks.peers.environments import LUNARLANDER_PEERS, REPOSITORY, Peer, command
 from benchmarks.train_cartpole import commit, machine
 from training.config import EnvironmentConfig, TrainingConfig
@@ -43,20 +44,7 @@ LEARNING = TrainingConfig(
     max_env_steps=6_000_000,
     evaluation_every_updates=1000,
 )
-# The settings of benchmarks/learning.py, one fragment ahead.
-LANDING = TrainingConfig(
-    num_envs_per_shard=16,
-    rollout_fragment_length=512,
-    num_epochs=4,
-    minibatch_size=256,
-    lr=((0, 1e-3), (1_000_000, 1e-4)),
-    gamma=0.999,
-    lambda_=0.98,
-    entropy_coeff=0.01,
-    max_staleness=1,
-    max_env_steps=500_000,
-    evaluation_every_updates=1000,
-)
+FAST_LANDING = TrainingConfig(**{**LANDING, "max_env_steps": 500_000, "evaluation_every_updates": 1000})
 
 
 def collect_beside_the_limit(activation: str, environment: EnvironmentConfig = CARTPOLE, **sizes: int) -> dict[str, Any]:
@@ -189,7 +177,7 @@ MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "rollouts_tanh": lambda: rollouts_only("tanh"),
     "rollouts_rllib": rllib_rollouts,
     "learning_cartpole": lambda: learning(CARTPOLE, LEARNING),
-    "learning_lunar_lander": lambda: learning(LUNAR_LANDER, LANDING),
+    "learning_lunar_lander": lambda: learning(LUNAR_LANDER, FAST_LANDING),
     **{f"learning_lunar_lander_{name}": lambda peer=peer: _peer(peer) for name, peer in LUNARLANDER_PEERS.items()},
 }
 
