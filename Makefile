@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 LOOP ?= examples/cartpole.yaml
 
-.PHONY: up test install lint tour bench clean
+.PHONY: up test install lint tour bench bench-learning clean
 
 up: install            ## train CartPole, gate it, serve it, and stay until Ctrl-C
 	$(BIN)/trimtab up $(LOOP)
@@ -19,9 +19,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.bench  ## the benchmarks of benchmarks/, one after the other
+bench: $(VENV)/.bench  ## the benchmarks of speed, one after the other; nothing else may run meanwhile
 	$(BIN)/python -m benchmarks.train_cartpole
+	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.serve_latency
+
+bench-learning: $(VENV)/.bench  ## how well policies learn, about 40 minutes; `make test` has a quick subset
+	$(BIN)/python -m benchmarks.learning
 
 install: $(VENV)/.installed
 

@@ -5,8 +5,8 @@
 Every run is a fresh process, and the trainers take turns seed by seed, so that a busy minute hits all of them. The clock runs
 from the first environment step until 20 greedy episodes have a mean return of at least 475; evaluations are inside the clock.
 All trainers are judged alike: greedy actions, 20 environments side by side, one episode each. Settings are each project's own
-for this environment: RLlib's tuned example, RL Baselines3 Zoo's hyper-parameters, our defaults; those of the peers in
-`benchmarks/peers/` stand in their files. A peer whose environment cannot be made is reported as absent, with the reason.
+for this environment: RLlib's tuned example, RL Baselines3 Zoo's hyper-parameters, our `examples/cartpole.yaml`; those of the
+peers in `benchmarks/peers/` stand in their files. A peer whose environment cannot be made is reported as absent, with the reason.
 """
 
 import argparse
@@ -47,14 +47,15 @@ def train_trimtab(seed: int) -> dict[str, Any]:
 
     from actors.controller import train
     from policies.storage import open_storage
-    from training.config import EnvironmentConfig, TrainingConfig
+    from training.config import TrainingConfig
+    from trimtab.loop_file import load_loop_file
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    settings = TrainingConfig(
-        seed=seed, target_return=TARGET_RETURN, evaluation_episodes=NUM_EPISODES, max_env_steps=MAX_ENV_STEPS
-    )
+    loop = load_loop_file(REPOSITORY / "examples" / "cartpole.yaml")
+    judged = {"target_return": TARGET_RETURN, "evaluation_episodes": NUM_EPISODES, "max_env_steps": MAX_ENV_STEPS}
+    settings = TrainingConfig(**{**loop.training.model_dump(), **judged, "seed": seed})
     with tempfile.TemporaryDirectory() as directory:
-        result = train(EnvironmentConfig(id="CartPole-v1"), settings, open_storage(Path(directory) / "storage"))
+        result = train(loop.environment, settings, open_storage(Path(directory) / "storage"))
     ray.shutdown()
     return {
         "time_to_target_s": result.time_to_target_s,
