@@ -22,12 +22,19 @@ from benchmarks.learning import LANDING
 from benchmarks.peers.environments import LUNARLANDER_PEERS, REPOSITORY, Peer, command
 from benchmarks.train_cartpole import commit, machine
 from training.config import EnvironmentConfig, TrainingConfig
+from training.phases import WALL_PHASES, time_shares
 
 RESULT_FILE = Path(__file__).parent / "results" / "throughput.json"
 PROCESS_TIMEOUT_S = 900.0
+LABELS = {
+    "learning_cartpole_defaults": "CartPole, defaults: collect and learn in turn",
+    "learning_cartpole": "CartPole, large batches, one fragment ahead",
+    "learning_lunar_lander": "LunarLander, one fragment ahead",
+}
 CARTPOLE = EnvironmentConfig(id="CartPole-v1")
 LUNAR_LANDER = EnvironmentConfig(id="LunarLander-v3")
 NUM_FRAGMENTS = 40
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#999999")
 
 # 1,024 environments step in one call of the native vectorisation; a fragment is 65 ms of work and more. relu, because numpy's
 # tanh alone costs more than all matrix products here (2.6 ns per number); the tanh figure stands beside it.
@@ -148,17 +155,14 @@ def learning(environment: EnvironmentConfig, training: TrainingConfig) -> dict[s
     with tempfile.TemporaryDirectory() as directory:
         result = train(environment, training, open_storage(directory))
     ray.shutdown()
-    wall_s = result.env_steps / result.env_steps_per_s
-    phases = result.phases_s
-    # While the learner computes nobody waits for the machinery; nor while the workers do and the learner has nothing to do.
-    machinery_s = (phases["learn_s"] - phases["learner_s"]) + max(0.0, phases["collect_s"] - phases["worker_s"])
+    shares = time_shares(result.phases_s, overlaps=training.max_staleness > 0)
     return {
         "env_steps": result.env_steps,
         "env_steps_per_s": result.env_steps_per_s,
-        "wall_s": wall_s,
-        "machinery_share": machinery_s / wall_s,
+        "wall_s": shares.loop_s,
+        "machinery_share": shares.machinery,
         "evaluation_return_mean": result.evaluation_return_mean,
-        "phases_s": phases,
+        "phases_s": result.phases_s,
     }
 
 
@@ -176,6 +180,7 @@ MEASUREMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "rollouts_relu": lambda: rollouts_only("relu"),
     "rollouts_tanh": lambda: rollouts_only("tanh"),
     "rollouts_rllib": rllib_rollouts,
+    "learning_cartpole_defaults": lambda: learning(CARTPOLE, TrainingConfig(max_env_steps=200_000)),
     "learning_cartpole": lambda: learning(CARTPOLE, LEARNING),
     "learning_lunar_lander": lambda: learning(LUNAR_LANDER, FAST_LANDING),
     **{f"learning_lunar_lander_{name}": lambda peer=peer: _peer(peer) for name, peer in LUNARLANDER_PEERS.items()},
@@ -194,6 +199,31 @@ def run_process(name: str) -> dict[str, Any]:
     ours = [sys.executable, "-m", "benchmarks.throughput", "--only", name]
     done = subprocess.run(ours, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=PROCESS_TIMEOUT_S, check=True)
     return {"measurement": name, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw where the time of the runs with learning went: what the loop waited for, and what the processes computed meanwhile."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "trimtab"  # the same numbers are the same file
+    import matplotlib.pyplot as plt
+
+    phases = {row["measurement"]: row["phases_s"] for row in rows if row["measurement"] in LABELS}
+    figure, axes = plt.subplots(len(phases), 1, figsize=(8, 1.5 * len(phases)), layout="constrained", squeeze=False)
+    for axis, (name, phases_s) in zip(axes[:, 0], phases.items()):
+        began_s = 0.0
+        for phase, label, color in zip(WALL_PHASES, ("collecting", "learning", "evaluating", "saving"), COLORS):
+            axis.barh("the loop waited", phases_s[phase], left=began_s, color=color, label=label)
+            began_s += phases_s[phase]
+        axis.barh("slowest worker", phases_s["worker_s"], color=COLORS[0], alpha=0.5)
+        axis.barh("learner", phases_s["learner_s"], color=COLORS[1], alpha=0.5)
+        axis.invert_yaxis()
+        axis.set_title(LABELS[name], fontsize=9, loc="left")
+    axes[-1, 0].set_xlabel("seconds")
+    axes[0, 0].legend(ncols=4, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def main() -> None:
@@ -228,6 +258,7 @@ def main() -> None:
         "runs": rows,
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    plot(rows, arguments.output.with_name("time_shares.svg"))
     print(json.dumps(medians, indent=2))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the example also runs from a checkout that is not installed
 
-from policies.errors import TrimtabError
+from policies.errors import TrimtabError, UsageError
 from policies.storage import Storage, open_storage
 from training.checkpoint import load_checkpoint, read_layout, save_checkpoint
 from training.network import NORMALISER, parameters_sha256
@@ -24,6 +24,10 @@ def flip_policy(storage: Storage, run_id: str, *, now: float) -> str:
     source = open_run(storage, run_id)
     checkpoint = load_checkpoint(source)
     layout = read_layout(checkpoint.state)
+    if layout.architecture.module is not None:
+        raise UsageError(
+            f"run {run_id!r} has a network of its own, {layout.architecture.module.name}: its last layer is not known"
+        )
     last = layout.num_layers - 1
     flipped = {name: -checkpoint.tensors[name] for name in (f"policy.{last}.weight", f"policy.{last}.bias")}
     tensors = checkpoint.tensors | flipped

@@ -319,7 +319,7 @@ class Masked(gymnasium.Env):
     The mask is in `info`, or with `observed` in the observation. An action is one choice per half, and the mask has two rows;
     with `flat` it is one of all six. `last` says what stands in the place of a mask when the episode is over, after three
     steps: a mask, zeros, or (in `info`) nothing. `gives` breaks the promise in the second step: "nothing" allows nothing,
-    "four" are too few choices, "none" is no mask at all.
+    "four" are too few choices, "none" is no mask at all; "list" keeps it, with Python's own lists.
     """
 
     def __init__(self, observed: bool = False, flat: bool = False, last: str = "mask", gives: str = "mask") -> None:
@@ -349,7 +349,9 @@ class Masked(gymnasium.Env):
 
     def _info(self) -> dict[str, Any]:
         mask_A = None if self._observed else self._mask()
-        return {} if mask_A is None else {"action_mask": mask_A}
+        if mask_A is None:
+            return {}
+        return {"action_mask": mask_A.tolist() if self._gives == "list" else mask_A}
 
     def _mask(self) -> np.ndarray | None:
         mask = allowed_choices(self._num_steps).reshape(self._shape)

@@ -139,13 +139,17 @@ class VectorEnvironment:
         is_given_B = np.ones(self.num_envs, bool)
         if not self._mask_is_observed:
             is_given_B = infos.get(f"_{ACTION_MASK}", is_given_B)
-        mask_BA = np.array(mask).astype(bool).reshape(self.num_envs, -1)
-        if mask_BA.shape[1] != self.spaces.mask_size:
+        if np.asarray(mask).dtype == object:  # Python's own lists, and None where there was none
+            mask = [
+                np.reshape(row, -1) if is_given else np.zeros(self.spaces.mask_size) for row, is_given in zip(mask, is_given_B)
+            ]
+        sizes = {np.size(row) for row in mask} - {self.spaces.mask_size}
+        if sizes:
             raise EnvironmentFailed(
-                f"environment {self.config.id!r} gave an {ACTION_MASK} of {mask_BA.shape[1]} choices, its action space has "
+                f"environment {self.config.id!r} gave an {ACTION_MASK} of {min(sizes)} choices, its action space has "
                 f"{self.spaces.mask_size}"
             )
-        return mask_BA, is_given_B
+        return np.array(mask).astype(bool).reshape(self.num_envs, -1), is_given_B
 
     def _final_observations(self, infos: dict[str, Any], ended_F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return what the episodes that ended saw last: SAME_STEP keeps it in `infos`."""

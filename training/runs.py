@@ -102,7 +102,9 @@ def read_config(run_dir: Path) -> RunConfig:
     value = parse_json((run_dir / CONFIG).read_bytes(), source)
     try:
         if value["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema version {value['schema_version']}, this Trimtab reads {SCHEMA_VERSION}")
+            raise ValueError(
+                f"schema version {value['schema_version']}, this Trimtab reads {SCHEMA_VERSION}; use the one it is from"
+            )
         training, tuned = TrainingConfig(**value["training"]), tuple(value.get("tuned", ()))
         if unknown := set(tuned) - set(TrainingConfig.model_fields):
             raise ValueError(f"tuned settings {sorted(unknown)} do not exist")

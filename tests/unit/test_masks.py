@@ -79,6 +79,13 @@ def test_rollouts_and_evaluation_never_choose_what_does_not_exist(name: str, way
         assert np.array_equal(result.masks_NA, [allowed_choices(int(place)) for place in result.obs_ND[:, 0]])
 
 
+def test_a_mask_may_be_lists_of_pythons() -> None:
+    environment, same = environment_of(gives="list"), environment_of()
+    weights = stubborn_weights(layout_for(environment))
+    rollouts = [Shard(config, SETTINGS, 0, update=0, attempt=0).collect(weights, update=0) for config in (environment, same)]
+    assert np.array_equal(rollouts[0].masks_TBA, rollouts[1].masks_TBA) and not rollouts[0].masks_TBA.all()
+
+
 @pytest.mark.parametrize("way", [{}, {"observed": True, "flat": True}], ids=str)
 def test_the_environment_would_notice_a_policy_that_does_not_look_at_the_mask(way: dict[str, Any]) -> None:
     """Negative control: the same policy with every choice allowed takes one that does not exist."""
