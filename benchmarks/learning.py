@@ -51,7 +51,7 @@ LANDING: dict[str, Any] = {
     "evaluation_every_updates": 10,
 }
 TASKS = {
-    "cartpole": Task("CartPole-v1", 10, 495, {"max_env_steps": 100_000}),
+    "cartpole": Task("CartPole-v1", 10, 495, {"max_env_steps": 100_000}),  # else the defaults
     "acrobot": Task(
         "Acrobot-v1",
         5,
