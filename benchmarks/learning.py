@@ -43,8 +43,8 @@ LANDING: dict[str, Any] = {
     "num_epochs": 4,
     "minibatch_size": 256,
     "entropy_coeff": 0.01,
-    "num_envs_per_shard": 16,
-    "rollout_fragment_length": 128,
+    "num_envs_per_shard": 32,
+    "rollout_fragment_length": 64,
     "activation": "relu",
     "normalize_rewards": True,  # a landing or a crash is worth 100: its value's gradient would drown the policy's
     "max_staleness": 1,
