@@ -26,7 +26,7 @@ NUM_WORKERS = (1, 2, 4, 8, 16)
 SLOW = EnvironmentConfig(id="benchmarks.scaling:slow")
 # One shard per worker, whose environments step one after the other: 1,000 steps/s per worker at most, by definition.
 BASE = {
-    "num_envs_per_shard": 8,
+    "num_envs_per_shard": 16,
     "rollout_fragment_length": 64,
     "max_staleness": 1,
     "num_cpus_per_env_runner": 0.0,

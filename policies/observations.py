@@ -202,6 +202,16 @@ class Group:
 Observation = Box | Categories | Bits | Group
 
 
+def without_bounds(observation: Observation) -> Observation:
+    """Return the same observation whose numbers may be anything finite."""
+    if isinstance(observation, Group):
+        return Group(tuple(map(without_bounds, observation.parts)), observation.names)
+    if isinstance(observation, Box):
+        open_F = np.full_like(observation.low, np.inf)
+        return Box(-open_F, open_F, observation.dtype)
+    return observation
+
+
 def from_json(value: dict[str, Any], *, max_features: int = MAX_FEATURES) -> Observation:
     """Read what an observation's `to_json` wrote; raises KeyError, TypeError, ValueError or OverflowError for anything else.
 

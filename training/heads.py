@@ -43,6 +43,9 @@ class Head(Protocol):
     def to_environment(self, actions_NK: np.ndarray) -> np.ndarray:
         """Return drawn actions as `env.step` takes them."""
 
+    def log_probability(self, outputs_NO: np.ndarray, actions_NK: np.ndarray, mask_NA: np.ndarray | None) -> np.ndarray:
+        """Return the log-probability [N] of drawn actions."""
+
     def evaluate(self, outputs_NO: np.ndarray, actions_NK: np.ndarray, mask_NA: np.ndarray | None) -> Evaluated:
         """Return log-probabilities of drawn actions, and entropies."""
 
@@ -82,19 +85,30 @@ class ChoiceHead:
     def to_environment(self, actions_NK: np.ndarray) -> np.ndarray:
         return self._action.to_environment(actions_NK)
 
+    def log_probability(self, outputs_NO: np.ndarray, actions_NK: np.ndarray, mask_NA: np.ndarray | None) -> np.ndarray:
+        return self._chosen(self._log_probabilities(outputs_NO, mask_NA), actions_NK)[0]
+
     def evaluate(self, outputs_NO: np.ndarray, actions_NK: np.ndarray, mask_NA: np.ndarray | None) -> Evaluated:
+        logp_ON = self._log_probabilities(outputs_NO, mask_NA)
+        logp_N, places = self._chosen(logp_ON, actions_NK)
+        p_ON = np.exp(logp_ON)
+        plogp_ON = p_ON * logp_ON
+        return Evaluated(logp_N, -plogp_ON.sum(axis=0), (p_ON, logp_ON, plogp_ON, *places))
+
+    def _log_probabilities(self, outputs_NO: np.ndarray, mask_NA: np.ndarray | None) -> np.ndarray:
         # Choices are rows here: numpy adds up whole rows ten times faster than two numbers beside each other, ten thousand times.
         logp_ON = np.ascontiguousarray(outputs_NO.T)
         if mask_NA is not None:
             logp_ON[~mask_NA.T] = NEVER
         for part in self._parts:
             _log_softmax(logp_ON[part])
-        p_ON = np.exp(logp_ON)
-        rows = [actions_NK[:, k] + start for k, start in enumerate(self._starts)]
+        return logp_ON
+
+    def _chosen(self, logp_ON: np.ndarray, actions_NK: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """Return the log-probability [N] of actions, and where its parts stand: columns, then rows per component."""
         columns_N = np.arange(logp_ON.shape[1])
-        logp_N = sum(logp_ON[row_N, columns_N] for row_N in rows)
-        plogp_ON = p_ON * logp_ON
-        return Evaluated(logp_N, -plogp_ON.sum(axis=0), (p_ON, logp_ON, plogp_ON, columns_N, *rows))
+        rows = [actions_NK[:, k] + start for k, start in enumerate(self._starts)]
+        return sum(logp_ON[row_N, columns_N] for row_N in rows), (columns_N, *rows)  # type: ignore[return-value]
 
     def gradient(self, evaluated: Evaluated, d_logp_N: np.ndarray, d_entropy: float) -> np.ndarray:
         """For logits z: d log p_a / dz_j = 1[j = a] - p_j and d H / dz_j = -p_j (log p_j + H), component by component."""
@@ -128,6 +142,9 @@ class NumberHead:
 
     def to_environment(self, actions_NK: np.ndarray) -> np.ndarray:
         return self._action.to_environment(self._scale.to_bounds(actions_NK))
+
+    def log_probability(self, outputs_NO: np.ndarray, actions_NK: np.ndarray, mask_NA: np.ndarray | None) -> np.ndarray:
+        return self.evaluate(outputs_NO, actions_NK, mask_NA).logp_N
 
     def evaluate(self, outputs_NO: np.ndarray, actions_NK: np.ndarray, mask_NA: np.ndarray | None) -> Evaluated:
         mean_NK, raw_NK = np.split(outputs_NO, 2, axis=1)

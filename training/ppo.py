@@ -239,7 +239,7 @@ class PPO:
             final_x_FD = weights.normalised(rollout.final_obs_FD)
             all_values_TB = self._network.values(x_TBD.reshape(-1, x_TBD.shape[-1])).reshape(x_TBD.shape[:2])
             values_TB, next_values_TB = all_values_TB[:-1], rollout.next_values(all_values_TB, self._network.values(final_x_FD))
-            logp_N = self._head.evaluate(self._network.outputs(x_ND), actions_NK, masks_NA).logp_N
+            logp_N = self._head.log_probability(self._network.outputs(x_ND), actions_NK, masks_NA)
             ratios_TB = np.ones(valid_TB.shape, np.float32)
             ratios_TB[valid_TB] = np.exp(logp_N - rollout.logp_TB[valid_TB])
             advantages_TB, returns_TB = vtrace(ratios_TB, terms[0], values_TB, next_values_TB, *terms[1:], **discounts)

@@ -146,8 +146,11 @@ class Shard:
         is_last_E = np.diff(b_E, append=-1) != 0
         by_time_E = np.argsort(t_E, kind="stable")
         ended = []
-        for carried_B, amounts_TB in ((self._return_B, np.where(valid_TB, rewards_TB, 0)), (self._length_B, valid_TB)):
-            total_TB = np.empty(amounts_TB.shape, carried_B.dtype)
+        for carried_B, amounts_TB in (
+            (self._return_B, np.where(valid_TB, rewards_TB, np.float64(0))),
+            (self._length_B, valid_TB.astype(np.int64)),
+        ):
+            total_TB = np.empty_like(amounts_TB)
             total_B = carried_B
             for t, amount_B in enumerate(amounts_TB):  # numpy's cumsum along the first axis is twenty times as slow
                 total_B = np.add(total_B, amount_B, out=total_TB[t])
@@ -162,5 +165,4 @@ class Shard:
 def _log_probability(head: Head, outputs_TBO: np.ndarray, actions_TBK: np.ndarray, masks_TBA: np.ndarray | None) -> np.ndarray:
     T, B = outputs_TBO.shape[:2]
     masks_NA = None if masks_TBA is None else masks_TBA.reshape(T * B, -1)
-    evaluated = head.evaluate(outputs_TBO.reshape(T * B, -1), actions_TBK.reshape(T * B, -1), masks_NA)
-    return evaluated.logp_N.reshape(T, B)
+    return head.log_probability(outputs_TBO.reshape(T * B, -1), actions_TBK.reshape(T * B, -1), masks_NA).reshape(T, B)

@@ -1,6 +1,7 @@
 """The request path without Ray: what is answered is logged first, and what is logged can be computed again."""
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from serve_app.decision_ids import DecisionIds
 from serve_app.replica import PolicyReplica
 from serve_app.variants import Variant
 from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release, snapshot_of, variant_of
+from trimtab.replay import replay
 
 
 @pytest.fixture
@@ -216,6 +218,23 @@ def test_a_canary_that_raises_is_answered_for_by_the_champion(storage: Storage) 
     champions = random_policy(1).distributions(np.array([[0.1, 0.2, 0.3, 0.4]], np.float32))[0][decision.action]
     # The canary's share is answered by the champion as well, so the mixture is the champion: 1.0 * p + 0.0 * p.
     assert decision.propensity == decision.mixture_propensity == champions
+
+
+def test_a_canary_with_narrower_bounds_answers_what_the_champion_takes_and_replays_it(storage: Storage) -> None:
+    wide = random_policy(2)
+    narrow = Policy(
+        dataclasses.replace(wide.spaces, observation=Box(-np.ones(4, np.float32), np.ones(4, np.float32))),
+        wide.architecture,
+        wide.tensors,
+    )
+    publish(storage, narrow)
+    canary = Registry(storage.registry(NAME)).bundle(2)
+    replica = replica_of(storage)
+    put_in_force(replica, EVERYBODY, variant_of(1, random_policy(1)), Variant(2, canary.digest, canary.policy, "sample"))
+    [reply] = decide_all(storage, replica, [{"observation": [4.0, 3.0, 0.3, 0.4]}])
+    [decision] = logged(storage)
+    assert (reply.status, decision.version) == (200, 2)
+    assert replay(storage, NAME, decision.decision_id)["equal"]
 
 
 def test_a_row_that_gives_nan_falls_back_alone(storage: Storage) -> None:
