@@ -1,13 +1,15 @@
 """How throughput grows with the number of rollout workers: with an environment that is slow, and with a learner that is.
 
-    python -m benchmarks.scaling      about three minutes; the result goes to benchmarks/results/scaling.json
+    python -m benchmarks.scaling      about five minutes; the result goes to benchmarks/results/scaling.json
 
 An environment step takes a millisecond in which the processor does nothing, as it would while a simulator or a network answers.
-So two cores can show the shape of sixteen workers: what is measured is everything but the environment.
+So two cores can show the shape of sixteen workers: what is measured is everything but the environment. Beside it stands what as
+many processes reach that do nothing but step: waking up sixteen thousand times a second is work, too.
 """
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from training.config import EnvironmentConfig, TrainingConfig
 
 RESULT_FILE = Path(__file__).parent / "results" / "scaling.json"
 STEP_S = 0.001
+BARE_S = 5.0
 NUM_WORKERS = (1, 2, 4, 8, 16)
 SLOW = EnvironmentConfig(id="benchmarks.scaling:slow")
 # One shard per worker, whose environments step one after the other: 1,000 steps/s per worker at most, by definition.
@@ -61,7 +64,7 @@ def slow() -> gymnasium.Env:
     return Slow()
 
 
-def one_environment_steps_per_s(seconds: float = 3.0) -> float:
+def one_environment_steps_per_s(seconds: float = BARE_S) -> float:
     """Return how fast one environment really is here: a sleep of a millisecond takes a little longer."""
     env = Slow()
     env.reset()
@@ -70,6 +73,12 @@ def one_environment_steps_per_s(seconds: float = 3.0) -> float:
         env.step(0)
         num_steps += 1
     return num_steps / (time.perf_counter() - began_s)
+
+
+def bare_processes_steps_per_s(num_processes: int) -> float:
+    """Return how fast so many processes step the environment when they do nothing else: what this machine allows."""
+    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+        return sum(pool.map(one_environment_steps_per_s, [BARE_S] * num_processes, chunksize=1))
 
 
 def measure(num_workers: int, *, num_updates: int, learner_s_per_step: float = 0.0) -> dict[str, Any]:
@@ -125,12 +134,13 @@ def main() -> None:
     began = machine()
     single = one_environment_steps_per_s()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    environment_bound = [measure(n, num_updates=24) for n in NUM_WORKERS]
+    environment_bound = [measure(n, num_updates=16) for n in NUM_WORKERS]
     # 250 microseconds of learning per step: 4,000 steps/s at most, so the curve must bend at four workers.
-    learner_bound = [measure(n, num_updates=12, learner_s_per_step=250e-6) for n in NUM_WORKERS]
+    learner_bound = [measure(n, num_updates=10, learner_s_per_step=250e-6) for n in NUM_WORKERS]
     ray.shutdown()
     for row in environment_bound:
         row["efficiency"] = row["env_steps_per_s"] / (row["num_workers"] * single)
+        row["efficiency_of_bare_processes"] = bare_processes_steps_per_s(row["num_workers"]) / (row["num_workers"] * single)
     result = {
         "benchmark": "scaling",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
