@@ -59,14 +59,16 @@ def running(config: AlgorithmConfig, training: TrainingConfig) -> Iterator[Algor
         logging.getLogger("ray.data").setLevel(logging.ERROR)
     else:
         algorithm_class = _watched(algorithm_class, training.worker_timeout_s)
-    num_threads = torch.get_num_threads()
+    num_threads, log_level = torch.get_num_threads(), logging.getLogger("ray.rllib").level
     torch.set_num_threads(1)
     algorithm = None
     try:
         algorithm = _built(algorithm_class, config)
         yield algorithm
     except BaseException:
-        _kill_runners(algorithm)  # RLlib asks each runner to stop, and would wait for one that hangs for ever
+        if algorithm is not None:
+            logging.getLogger("ray.rllib").setLevel(logging.CRITICAL)  # that its runners are dead when it stops them is no news
+            _kill_runners(algorithm)  # it would ask each to stop, and wait for one that hangs for ever
         raise
     finally:
         torch.set_num_threads(num_threads)
@@ -74,6 +76,7 @@ def running(config: AlgorithmConfig, training: TrainingConfig) -> Iterator[Algor
             algorithm.stop()
             with contextlib.suppress(OSError):  # something is in it: then it is not ours to remove
                 Path(algorithm.logdir).rmdir()
+        logging.getLogger("ray.rllib").setLevel(log_level)
 
 
 def require_resources(config: AlgorithmConfig) -> None:
@@ -218,13 +221,11 @@ def _watched(algorithm_class: type[Algorithm], timeout_s: float) -> type[Algorit
     return Watched
 
 
-def _kill_runners(algorithm: Algorithm | None) -> None:
-    if algorithm is None or algorithm.env_runner_group is None:
-        return
-    logging.getLogger("ray.rllib").setLevel(logging.CRITICAL)  # that they are dead when it stops them is no news
-    manager = algorithm.env_runner_group._worker_manager
-    for actor_id in manager.actor_ids():
-        ray.kill(manager._actors[actor_id])
+def _kill_runners(algorithm: Algorithm) -> None:
+    for group in (algorithm.env_runner_group, algorithm.eval_env_runner_group):
+        if group is not None:
+            for actor_id in group._worker_manager.actor_ids():
+                ray.kill(group._worker_manager._actors[actor_id])
 
 
 def _env_steps(algorithm: Algorithm) -> int:

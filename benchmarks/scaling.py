@@ -25,6 +25,7 @@ from training.config import EnvironmentConfig, TrainingConfig
 RESULT_FILE = Path(__file__).parent / "results" / "scaling.json"
 STEP_S = 0.001
 BARE_S = 5.0
+START_TIMEOUT_S = 120.0
 NUM_WORKERS = (1, 2, 4, 8, 16)
 SLOW = EnvironmentConfig(id="benchmarks.scaling:slow")
 # One shard per worker, whose environments step one after the other: 1,000 steps/s per worker at most, by definition.
@@ -77,8 +78,20 @@ def one_environment_steps_per_s(seconds: float = BARE_S) -> float:
 
 def bare_processes_steps_per_s(num_processes: int) -> float:
     """Return how fast so many processes step the environment when they do nothing else: what this machine allows."""
-    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-        return sum(pool.map(one_environment_steps_per_s, [BARE_S] * num_processes, chunksize=1))
+    context = multiprocessing.get_context("spawn")
+    barrier, rates = context.Barrier(num_processes), context.Queue()
+    processes = [context.Process(target=_step_together, args=(barrier, rates)) for _ in range(num_processes)]
+    for process in processes:
+        process.start()
+    total = sum(rates.get(timeout=START_TIMEOUT_S + BARE_S) for _ in processes)
+    for process in processes:
+        process.join(START_TIMEOUT_S)
+    return total
+
+
+def _step_together(barrier: Any, rates: Any) -> None:
+    barrier.wait(START_TIMEOUT_S)  # until all have been imported
+    rates.put(one_environment_steps_per_s())
 
 
 def measure(num_workers: int, *, num_updates: int, learner_s_per_step: float = 0.0) -> dict[str, Any]:

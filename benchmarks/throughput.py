@@ -71,15 +71,16 @@ def collect_beside_the_limit(activation: str, environment: EnvironmentConfig = C
         training.rollout_fragment_length,
     )
 
-    def limit() -> None:
+    drawn_TBK = shard.collect(weights, update=0).actions_TBK
+
+    def limit() -> None:  # the actions were drawn before: what they cost is the same, and so are the episodes
         observations = []
-        for _ in range(num_steps):
+        for t in range(num_steps):
             observations.append(vector_env.obs_BD)
-            actions = network.outputs(vector_env.obs_BD)[:, : shard._head.num_components].argmax(axis=1)
-            vector_env._env.step(actions)
+            network.outputs(vector_env.obs_BD)
+            vector_env._env.step(drawn_TBK[t, :, 0])
         network.values(np.concatenate(observations))
 
-    shard.collect(weights, update=0)
     times: dict[str, list[float]] = {"collect": [], "limit": []}
     for update in range(1, 21):
         for name, work in (("collect", lambda update=update: shard.collect(weights, update=update)), ("limit", limit)):
@@ -209,7 +210,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "trimtab"  # the same numbers are the same file
     import matplotlib.pyplot as plt
 
-    phases = {row["measurement"]: row["phases_s"] for row in rows if row["measurement"] in LABELS}
+    phases = {row["measurement"]: row["phases_s"] for row in rows if row["measurement"] in LABELS}  # of the last repetition
+    if not phases:
+        return
     figure, axes = plt.subplots(len(phases), 1, figsize=(8, 1.5 * len(phases)), layout="constrained", squeeze=False)
     for axis, (name, phases_s) in zip(axes[:, 0], phases.items()):
         began_s = 0.0

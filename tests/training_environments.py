@@ -362,6 +362,25 @@ class Masked(gymnasium.Env):
         return mask
 
 
+class MaskedByRows(gymnasium.Env):
+    """Two of two and one of three choices exist; the mask is Gymnasium's own kind for MultiDiscrete, a tuple of rows."""
+
+    observation_space = spaces.Box(0, 1, (1,), np.float32)
+    action_space = spaces.MultiDiscrete([2, 3])
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), self._info()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if action[1] != 1:
+            raise ValueError(f"action {action} does not exist")
+        return np.ones(1, np.float32), 1.0, False, False, self._info()
+
+    def _info(self) -> dict[str, Any]:
+        return {"action_mask": (np.ones(2, np.int8), np.array([0, 1, 0], np.int8))}
+
+
 class MaskedInTheSameStep(gymnasium.vector.VectorEnv):
     """Many `Masked`s at once that reset in the very step in which their episodes end.
 

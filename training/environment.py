@@ -140,9 +140,8 @@ class VectorEnvironment:
         if not self._mask_is_observed:
             is_given_B = infos.get(f"_{ACTION_MASK}", is_given_B)
         if np.asarray(mask).dtype == object:  # Python's own lists, and None where there was none
-            mask = [
-                np.reshape(row, -1) if is_given else np.zeros(self.spaces.mask_size) for row, is_given in zip(mask, is_given_B)
-            ]
+            no_mask = np.zeros(self.spaces.mask_size)
+            mask = [_flat_mask(row) if is_given else no_mask for row, is_given in zip(mask, is_given_B)]
         sizes = {np.size(row) for row in mask} - {self.spaces.mask_size}
         if sizes:
             raise EnvironmentFailed(
@@ -220,11 +219,16 @@ class _KeepsToMasks(gymnasium.Wrapper):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         choices = action_of(self.action_space)
         if self._mask is not None and isinstance(choices, Choices):
-            parts = np.split(np.reshape(self._mask, -1), np.cumsum(choices.nvec)[:-1])
+            parts = np.split(_flat_mask(self._mask), np.cumsum(choices.nvec)[:-1])
             action = choices.to_environment(np.array([[part.argmax() for part in parts]]))[0]
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._mask = _mask_in(observation, info)
         return observation, reward, terminated, truncated, info
+
+
+def _flat_mask(mask: Any) -> np.ndarray:
+    """Return a mask as one row; one of several components may be a list (or Gymnasium's tuple) of rows of different lengths."""
+    return np.concatenate([np.ravel(part) for part in mask]) if isinstance(mask, (list, tuple)) else np.ravel(mask)
 
 
 def _mask_in(observation: Any, info: Any) -> Any:

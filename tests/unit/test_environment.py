@@ -1,12 +1,12 @@
 """Environments: what is refused, and that what goes wrong inside one is said with its own words."""
 
+import ctypes
 import multiprocessing
 import subprocess
 import sys
 import time
 from typing import Any
 
-import gymnasium
 import numpy as np
 import psutil
 import pytest
@@ -20,7 +20,6 @@ from training.learner_state import LearnerState
 from training.network import layout_of, outputs_as_trained
 from training.ppo import PPO
 from training.rollout import Shard
-from training.vectorization import Lockstep
 
 HERE = "tests.training_environments:"
 
@@ -122,23 +121,9 @@ def test_native_vectorisation_is_used_where_its_episodes_end_in_a_way_we_know():
     same_step = VectorEnvironment(config("WarmingInTheSameStep-v0"), 3, seed=0)
     assert type(same_step._env.unwrapped).__name__ == "WarmingInTheSameStep"
     never_resets = VectorEnvironment(config("NeverResets-v0"), 3, seed=0)
-    assert type(never_resets._env.unwrapped).__name__ == "Lockstep"
+    assert type(never_resets._env.unwrapped).__name__ == "SyncVectorEnv"
     asked_for = VectorEnvironment(EnvironmentConfig(id="CartPole-v1", vectorization="sync"), 3, seed=0)
-    assert type(asked_for._env.unwrapped).__name__ == "Lockstep"
-
-
-def test_environments_in_turn_are_stepped_as_gymnasium_steps_them():
-    make = [lambda: gymnasium.make("CartPole-v1", max_episode_steps=40)] * 3
-    ours, gymnasiums = Lockstep(make, copy=False), gymnasium.vector.SyncVectorEnv(make)
-    np.testing.assert_array_equal(ours.reset(seed=7)[0], gymnasiums.reset(seed=7)[0])
-    num_ended = 0
-    for actions in np.random.default_rng(0).integers(0, 2, (300, 3)):
-        step, expected = ours.step(actions), gymnasiums.step(actions)
-        for array, expected_array in zip(step[:4], expected[:4]):
-            assert array.dtype == expected_array.dtype
-            np.testing.assert_array_equal(array, expected_array)
-        num_ended += int(step[2].sum() + step[3].sum())
-    assert num_ended > 30
+    assert type(asked_for._env.unwrapped).__name__ == "SyncVectorEnv"
 
 
 def test_an_observation_of_several_parts_without_names_is_learned_from():
@@ -277,9 +262,21 @@ def test_a_process_that_hangs_ends_with_the_one_that_made_it():
         parent.kill()
         parent.wait()
     deadline_s = time.monotonic() + 20
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline_s, "the environment's process lives on"
+    while lives_on := child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline_s:
+            child.kill()
+            break
         time.sleep(0.05)
+    assert not lives_on
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_who_makes_processes_does_not_end_with_its_own_parent():
+    asynchronous = EnvironmentConfig(id="CartPole-v1", vectorization="async")
+    VectorEnvironment(asynchronous, 1, seed=0).close()
+    signal_number = ctypes.c_int(-1)
+    assert ctypes.CDLL(None).prctl(2, ctypes.byref(signal_number)) == 0  # PR_GET_PDEATHSIG
+    assert signal_number.value == 0
 
 
 @pytest.mark.parametrize("action", ["discrete", "multi_discrete", "multi_binary", "box", "open"])

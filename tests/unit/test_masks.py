@@ -86,6 +86,16 @@ def test_a_mask_may_be_lists_of_pythons() -> None:
     assert np.array_equal(rollouts[0].masks_TBA, rollouts[1].masks_TBA) and not rollouts[0].masks_TBA.all()
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_mask_may_have_rows_of_different_lengths(vectorization: str) -> None:
+    environment = environment_of("MaskedByRows").model_copy(update={"max_episode_steps": 9, "vectorization": vectorization})
+    check_environment(environment)
+    shard = Shard(environment, SETTINGS, 0, update=0, attempt=0)
+    rollout = shard.collect(stubborn_weights(layout_for(environment)), update=0)
+    shard.close()
+    assert np.array_equal(np.unique(rollout.masks_TBA[rollout.valid_TB], axis=0), [[True, True, False, True, False]])
+
+
 @pytest.mark.parametrize("way", [{}, {"observed": True, "flat": True}], ids=str)
 def test_the_environment_would_notice_a_policy_that_does_not_look_at_the_mask(way: dict[str, Any]) -> None:
     """Negative control: the same policy with every choice allowed takes one that does not exist."""
