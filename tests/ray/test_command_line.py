@@ -197,7 +197,7 @@ def test_a_bundle_with_a_changed_byte_is_refused_with_both_hashes(served: Path) 
     [
         (["train", "--set", "environment.id=CartPoel-v1"], "did you mean CartPole"),
         (["train", "--set", "training.lr=fast"], "training.lr.float: Input should be a valid number"),
-        (["train", "--set", "training.minibatch_size=100000"], "set minibatch_size <= 4096"),
+        (["train", "--set", "training.minibatch_size=100000"], "set minibatch_size <= 1024"),
         (["train", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["train", "--address", "127.0.0.1:9"], "does not answer within"),
         (["resume", "--run", "nope"], "'nope'"),
