@@ -78,10 +78,13 @@ def write_bundle(
     """Write a bundle below `parent` and read it back from there; writing the same content twice is one bundle.
 
     Raises `GateRefused` without this policy's passing gate report (or a break-glass reason), `IntegrityError` when the policy
-    does not reproduce the golden vectors. `origin` says where the policy came from: run, checkpoint, config, seed, code.
+    does not reproduce the golden vectors or samples actions whose propensity is no finite number. `origin` says where the
+    policy came from: run, checkpoint, config, seed, code.
     """
     require_passing(gate_report, policy.sha256(), override=override_gates, what="bundle refused")
     check_golden(policy, golden)
+    if mode == "sample":
+        _check_propensities(policy, golden)
     temporary = temporary_directory(parent)
     try:
         (temporary / "policy.safetensors").write_bytes(_encode_safetensors(policy.tensors))
@@ -156,6 +159,17 @@ def check_golden(policy: Policy, golden: Golden) -> None:
         raise IntegrityError(
             f"policy differs from its golden vectors by {error:.3g} (limit {GOLDEN_TOLERANCE:g}): it acts otherwise than trained"
         )
+
+
+def _check_propensities(policy: Policy, golden: Golden) -> None:
+    """A density is a product over all components: of hundreds of narrow ones it is more than any float, of wide ones 0."""
+    for row, parameters_P in enumerate(policy.distributions(golden.observations_ND, golden.masks_NA)):
+        _, propensity = policy.distribution.choose(parameters_P, "sample", row)
+        if not 0 < propensity < math.inf:
+            raise IntegrityError(
+                f"an action sampled for golden observation {row} has the propensity {propensity:g}: nothing could be learned "
+                "from its log; set serving.mode to greedy"
+            )
 
 
 def _describe(path: Path) -> dict[str, Any]:

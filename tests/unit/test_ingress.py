@@ -10,6 +10,7 @@ import pytest
 
 from policies.bundle import Golden
 from policies.distributions import seed_of
+from policies.errors import IntegrityError
 from policies.network import Architecture, Gaussian, tensor_shapes
 from policies.observations import Box
 from policies.policy import Policy
@@ -83,13 +84,18 @@ def test_what_has_no_propensity_that_can_be_written_down_is_not_answered(tmp_pat
     if propensity == "0":
         architecture = Architecture((4,), gaussian=Gaussian(log_std_range=(-20, 20)))
     policy, obs_ND = Policy(spaces, architecture, tensors), np.random.default_rng(0).random((32, 2), np.float32)
-    for mode, status, num_logged in (("sample", 503, 0), ("greedy", 200, 1)):
-        storage = open_storage(tmp_path / mode)
-        publish(storage, policy, golden=Golden(obs_ND, policy.distributions(obs_ND)), mode=mode)
-        [reply] = decide_all(storage, replica_of(storage), [{"observation": [0, 0]}])
-        assert (reply.status, len(logged(storage))) == (status, num_logged)
-        if mode == "sample":
-            assert f"propensity is {propensity}, and {propensity} over all arms" in reply.error
+    storage, golden = open_storage(tmp_path / "storage"), Golden(obs_ND, policy.distributions(obs_ND))
+    with pytest.raises(IntegrityError, match=f"propensity {propensity}: .*set serving.mode to greedy"):
+        publish(storage, policy, golden=golden, mode="sample")
+    publish(storage, policy, golden=golden, mode="greedy")
+    replica = replica_of(storage)
+    [reply] = decide_all(storage, replica, [{"observation": [0, 0]}])
+    assert reply.status == 200 and logged(storage)[0].propensity == 1
+    # One that came into a replica all the same, from a publisher that did not check:
+    put_in_force(replica, champion_only(9, 1), variant_of(1, policy))
+    [reply] = decide_all(storage, replica, [{"observation": [0, 0]}])
+    assert (reply.status, len(logged(storage))) == (503, 1)
+    assert f"propensity is {propensity}, and {propensity} over all arms" in reply.error
 
 
 def test_another_version_would_not_reproduce_the_log(storage: Storage) -> None:
