@@ -40,8 +40,9 @@ class Report:
     """What a trial tells of itself at each evaluation; the attributes are the names of Tune's metrics.
 
     A return that is not known yet is NaN, because Tune insists on a number. `rounds` counts the perturbations that were due so
-    far: the checkpoints at which trials copy each other. `failure` is the message of the error that ended the trial, beside the
-    numbers of its last report. `donor` is the run and generation that it was copied from last.
+    far: the checkpoints at which trials copy each other; the last report has none, a run that is over does not copy any more.
+    `failure` is the message of the error that ended the trial, beside the numbers of its last report. `donor` is the run and
+    generation that it was copied from last.
     """
 
     env_steps: int = 0
@@ -123,7 +124,7 @@ class _Reporter:
             self._report(progress.update, progress.env_steps, is_saved=progress.update % training.checkpoint_every_updates == 0)
 
     def finished(self, update: int, env_steps: int, reason: StopReason) -> None:
-        self._report(update, env_steps, is_saved=True, stop_reason=reason)
+        self._report(update, env_steps, is_saved=False, stop_reason=reason)
 
     def failed(self, error: TrimtabError) -> None:
         self._send(replace(self.last, failure=str(error), messages=self._take_messages()), generation=None)
@@ -133,7 +134,7 @@ class _Reporter:
             env_steps=env_steps,
             return_mean=self.evaluations.last_return,
             best_return=self.evaluations.best_return,
-            rounds=update // self.tuning.perturb_every_updates,
+            rounds=0 if stop_reason else update // self.tuning.perturb_every_updates,
             stop_reason=stop_reason,
             donor=self.donor,
             messages=self._take_messages(),

@@ -67,6 +67,7 @@ TASKS = {
             "rollout_fragment_length": 256,
             "normalize_observations": True,
             "normalize_rewards": True,
+            "evaluation_episodes": 100,  # good policies differ by less than what 20 episodes can tell
         },
     ),
     "mountain_car_continuous": Task(

@@ -111,7 +111,7 @@ def test_the_table_has_a_line_per_trial_with_its_run_and_how_it_ended():
     ]
     header, *lines = shown(trials, width=40).splitlines()
     assert header.split() == ["rank", "run", "lr", "num_epochs", "env", "steps", "best", "return", "status"]
-    cells = ["1", "tune-x-00", "0.01", "4", "40,426", "500.0", "finished", "(target),", "1", "copies"]
+    cells = ["1", "tune-x-00", "0.01", "4", "40,426", "500.0", "finished", "(target),", "copied", "1"]
     assert lines[0].split() == cells
     assert "stopped early" in lines[1] and "-3.2" in lines[1] and lines[2].split()[-2:] == ["-", "failed"]
     assert "tune-x-02" in shown(trials, width=60, force_terminal=True)  # what one copies is never cut

@@ -113,7 +113,9 @@ def _show(result: "SearchResult") -> None:
             say(f"{trial.run_id} failed: {trial.reason}")
     say(f"result in {result.directory}" + (f", picture {result.pictures[0].name}" if result.pictures else ""))
     if result.best is not None:
-        say(f"the best trial is run {result.best.run_id}; `trimtab gate --run {result.best.run_id}` judges it. In a loop file:")
+        # What a trial that was stopped learned since its last checkpoint is made again when it is resumed, and not gated before.
+        how = "gate --run {} judges it" if result.best.status == "finished" else "resume --run {} goes on with it"
+        say(f"the best trial is run {result.best.run_id}: trimtab {how.format(result.best.run_id)}. Its settings in a loop file:")
         say(f"  {as_yaml({'training': result.settings})}")
         say(f"or as options: {' '.join(set_options(result.settings))}")
 
@@ -144,8 +146,8 @@ def _trial_table(trials: "list[Trial]") -> Table:
 def status_of(trial: "Trial") -> str:
     """Say in a few words how a trial ended; a failure's message is told elsewhere."""
     reason = f" ({trial.reason})" if trial.reason and trial.status != "failed" else ""
-    copies = f", {len(trial.donors)} copies" if trial.donors else ""
-    return f"{trial.status}{reason}{copies}"
+    copied = f", copied {len(trial.donors)}" if trial.donors else ""
+    return f"{trial.status}{reason}{copied}"
 
 
 def set_options(settings: dict[str, Any]) -> list[str]:
@@ -165,6 +167,7 @@ class _View:
         self._search_id = search_id
         self._live = live
         self._told_s = time.monotonic()
+        self._is_evaluated = False
 
     def __call__(self, trials: "list[Trial]", changed: "Trial") -> None:
         from training.tuning import TrialStatus
@@ -172,12 +175,13 @@ class _View:
         if changed.status not in (TrialStatus.WAITING, TrialStatus.RUNNING):
             best = "" if changed.best_return is None else f", best return {changed.best_return:.1f}"
             say(f"{changed.run_id} {status_of(changed)} after {changed.env_steps:,} env steps{best}")
-        line = summary(self._search_id, trials)
+        is_first_evaluation = changed.best_return is not None and not self._is_evaluated
+        self._is_evaluated |= is_first_evaluation
         if self._live is not None:
-            self._live.update(Text(line))
-        elif time.monotonic() - self._told_s > PLAIN_EVERY_S:
+            self._live.update(Text(summary(self._search_id, trials)))
+        elif is_first_evaluation or time.monotonic() - self._told_s > PLAIN_EVERY_S:
             self._told_s = time.monotonic()
-            say(line)
+            say(summary(self._search_id, trials))
 
 
 @contextlib.contextmanager
