@@ -206,17 +206,15 @@ class _Loop:
             best_ref = None if start.best is None else ray.put(start.best)
             # A new run saves generation 0 at once, so that it can be resumed after a kill at any moment.
             saved = start.saved or self._save(learner, run_dir, best_ref, evaluations, elapsed_s=0.0)
-            returns: deque[float] = deque(maxlen=RETURN_WINDOW_EPISODES)
-            num_episodes = 0
             clock = Clock(start.elapsed_s)
+            figures = _Figures(run_dir.name, start.state.env_steps, clock)
             restarted_at = update
 
             while stop_reason(training, env_steps, evaluations) is None:
                 for due in fragments_due(update, restarted_at=restarted_at, training=training):
                     pool.start(weights_ref, update=due, reset=due == restarted_at)
                 fragments = pool.collect(update)
-                returns.extend(fragments.episode_returns_E)
-                num_episodes += len(fragments.episode_returns_E)
+                figures.count_episodes(fragments.episode_returns_E)
                 clock.lap("collect_s")
 
                 answer_ref, weights_ref = learner.update.options(num_returns=2).remote(*fragments.references)
@@ -230,22 +228,7 @@ class _Loop:
                     clock.lap("evaluate_s")
 
                 clock.computed(worker_s=fragments.compute_s, learner_s=learner_s)
-                progress = Progress(
-                    run_id=run_dir.name,
-                    update=update,
-                    env_steps=env_steps,
-                    env_steps_per_s=(env_steps - start.state.env_steps) / clock.session_s,
-                    elapsed_s=clock.elapsed_s,
-                    num_episodes=num_episodes,
-                    **_interval(returns),
-                    evaluation_return_mean=evaluations.last_return,
-                    best_return_mean=evaluations.best_return,
-                    losses=report,
-                    worker_restarts=pool.num_restarts,
-                    environment_failures=pool.num_environment_failures,
-                    learner_restarts=self._learner_restarts,
-                    **clock.take_laps(),
-                )
+                progress = figures.progress(update, env_steps, evaluations, report, pool, self._learner_restarts)
                 # Before the checkpoint: a run that is killed in between makes this update again, and replaces its row.
                 self._metrics.append(asdict(progress))
 
@@ -260,20 +243,7 @@ class _Loop:
                 self._on_progress(progress)
 
             reason = stop_reason(training, env_steps, evaluations)
-            return TrainResult(
-                run_id=run_dir.name,
-                env_steps=env_steps,
-                updates=update,
-                wall_s=time.monotonic() - self._called_s,
-                env_steps_per_s=(env_steps - start.state.env_steps) / clock.session_s,
-                time_to_target_s=clock.evaluated_s if reason == "target" else None,
-                evaluation_return_mean=evaluations.last_return,
-                best_return_mean=evaluations.best_return,
-                stop_reason=reason,
-                parameters_sha256=saved.parameters_sha256,
-                checkpoint=saved.path,
-                phases_s=clock.totals,
-            )
+            return figures.result(update, env_steps, evaluations, reason, saved, wall_s=time.monotonic() - self._called_s)
         finally:
             ray.kill(learner)
 
@@ -293,6 +263,68 @@ class _Loop:
     def _save(self, learner: ActorHandle, run_dir: Path, best_ref: Any, evaluations: Evaluations, *, elapsed_s: float) -> Saved:
         reference = learner.save.remote(best_ref, elapsed_s=elapsed_s, evaluations=asdict(evaluations))
         return _ask(reference, run_dir)
+
+
+class _Figures:
+    """What the loop says of itself: counts since it began, and the time from its clock."""
+
+    def __init__(self, run_id: str, start_env_steps: int, clock: Clock) -> None:
+        self._run_id = run_id
+        self._start_env_steps = start_env_steps
+        self._clock = clock
+        self._returns: deque[float] = deque(maxlen=RETURN_WINDOW_EPISODES)
+        self._num_episodes = 0
+
+    def count_episodes(self, returns_E: np.ndarray) -> None:
+        self._returns.extend(returns_E)
+        self._num_episodes += len(returns_E)
+
+    def progress(
+        self,
+        update: int,
+        env_steps: int,
+        evaluations: Evaluations,
+        report: UpdateReport,
+        pool: WorkerPool,
+        learner_restarts: int,
+    ) -> Progress:
+        return Progress(
+            run_id=self._run_id,
+            update=update,
+            env_steps=env_steps,
+            env_steps_per_s=self._env_steps_per_s(env_steps),
+            elapsed_s=self._clock.elapsed_s,
+            num_episodes=self._num_episodes,
+            **_interval(self._returns),
+            evaluation_return_mean=evaluations.last_return,
+            best_return_mean=evaluations.best_return,
+            losses=report,
+            worker_restarts=pool.num_restarts,
+            environment_failures=pool.num_environment_failures,
+            learner_restarts=learner_restarts,
+            **self._clock.take_laps(),
+        )
+
+    def result(
+        self, update: int, env_steps: int, evaluations: Evaluations, reason: StopReason, saved: Saved, *, wall_s: float
+    ) -> TrainResult:
+        return TrainResult(
+            run_id=self._run_id,
+            env_steps=env_steps,
+            updates=update,
+            wall_s=wall_s,
+            env_steps_per_s=self._env_steps_per_s(env_steps),
+            time_to_target_s=self._clock.evaluated_s if reason == "target" else None,
+            evaluation_return_mean=evaluations.last_return,
+            best_return_mean=evaluations.best_return,
+            stop_reason=reason,
+            parameters_sha256=saved.parameters_sha256,
+            checkpoint=saved.path,
+            phases_s=self._clock.totals,
+        )
+
+    def _env_steps_per_s(self, env_steps: int) -> float:
+        return (env_steps - self._start_env_steps) / self._clock.session_s
 
 
 @dataclass(frozen=True)

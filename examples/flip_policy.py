@@ -25,9 +25,8 @@ def flip_policy(storage: Storage, run_id: str, *, now: float) -> str:
     checkpoint = load_checkpoint(source)
     layout = read_layout(checkpoint.state)
     if layout.architecture.module is not None:
-        raise UsageError(
-            f"run {run_id!r} has a network of its own, {layout.architecture.module.name}: its last layer is not known"
-        )
+        factory = layout.architecture.module.factory
+        raise UsageError(f"run {run_id!r} has a network of its own, {factory}: its last layer is not known")
     last = layout.num_layers - 1
     flipped = {name: -checkpoint.tensors[name] for name in (f"policy.{last}.weight", f"policy.{last}.bias")}
     tensors = checkpoint.tensors | flipped

@@ -163,7 +163,7 @@ def check_golden(policy: Policy, golden: Golden) -> None:
 
 def _check_propensities(policy: Policy, golden: Golden) -> None:
     """A density is a product over all components: of hundreds of narrow ones it is more than any float, of wide ones 0."""
-    for row, parameters_P in enumerate(policy.distributions(golden.observations_ND, golden.masks_NA)):
+    for row, parameters_P in enumerate(golden.distributions_NP):
         _, propensity = policy.distribution.choose(parameters_P, "sample", row)
         if not 0 < propensity < math.inf:
             raise IntegrityError(

@@ -1,6 +1,6 @@
 """Which observations and actions a policy takes, as JSON, and whether a value fits."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,11 @@ class Spaces:
 
     def interface(self) -> dict[str, Any]:
         """Return what a client has to know of the spaces: all but the bounds of the observations."""
-        return _without_bounds({**self.to_json(), "action": {}}) | {"action": self.action.to_json()}
+        return self.without_observation_bounds().to_json()
+
+    def without_observation_bounds(self) -> "Spaces":
+        """Return the same spaces with observations whose numbers may be anything finite."""
+        return replace(self, observation=observations.without_bounds(self.observation))
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Spaces":
@@ -182,13 +186,6 @@ class Spaces:
             raise RequestInvalid("action_mask is given twice, in the observation and beside it; leave one of them away")
         rest = {name: part for name, part in value.items() if name != ACTION_MASK}
         return rest, value[ACTION_MASK]
-
-
-def _without_bounds(value: Any) -> Any:
-    if isinstance(value, dict):
-        bounds = ("low", "high") if value.get("kind") == "box" else ()  # elsewhere these are names
-        return {key: _without_bounds(item) for key, item in value.items() if key not in bounds}
-    return [_without_bounds(item) for item in value] if isinstance(value, list) else value
 
 
 def allows_something(mask_BA: np.ndarray, action: Choices) -> np.ndarray:

@@ -103,7 +103,7 @@ def read_config(run_dir: Path) -> RunConfig:
     try:
         if value["schema_version"] != SCHEMA_VERSION:
             raise ValueError(
-                f"schema version {value['schema_version']}, this Trimtab reads {SCHEMA_VERSION}; use the one it is from"
+                f"schema version {value['schema_version']}, this Trimtab reads {SCHEMA_VERSION}; use the one that wrote it"
             )
         training, tuned = TrainingConfig(**value["training"]), tuple(value.get("tuned", ()))
         if unknown := set(tuned) - set(TrainingConfig.model_fields):

@@ -1,12 +1,10 @@
 """Recompute a logged decision from the bundle that made it, bit for bit."""
 
-from dataclasses import replace
 from typing import Any
 
 from policies.bundle import read_bundle
 from policies.distributions import seed_of
 from policies.errors import NotFound
-from policies.observations import without_bounds
 from policies.records import find_decision
 from policies.registry import Registry
 from policies.storage import Storage
@@ -23,7 +21,7 @@ def replay(storage: Storage, policy_name: str, decision_id: str) -> dict[str, An
     bundle = read_bundle(Registry(storage.registry(policy_name)).bundles / decision.digest, expected_digest=decision.digest)
     policy = bundle.policy
     # Its bounds were checked when it came in, against those of the champion of that time, which may have been wider.
-    spaces = replace(policy.spaces, observation=without_bounds(policy.spaces.observation))
+    spaces = policy.spaces.without_observation_bounds()
     obs_D = spaces.check_observation(decision.observation)
     mask_A = spaces.check_mask(decision.action_mask)
     parameters_P = policy.distributions(obs_D[None], None if mask_A is None else mask_A[None])[0]
