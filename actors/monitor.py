@@ -18,7 +18,7 @@ from ray.actor import ActorHandle
 from actors.detached import start_detached, start_heartbeat
 from actors.version_traffic import VersionTraffic, series_times
 from policies.confidence import ConfidenceSequence
-from policies.errors import IntegrityError
+from policies.errors import IntegrityError, StorageError
 from policies.joining import Joiner, Outcome
 from policies.records import Decision, Feedback, LogTail
 from policies.registry import Registry, RegistryState, Release
@@ -211,7 +211,7 @@ class Monitor:
     def _fold_registry(self) -> None:
         try:
             self._state = self._registry.state()
-        except IntegrityError as error:
+        except (IntegrityError, StorageError) as error:
             self.note_error(error)
         last = len(self._state.releases)
         self._evidence = {key: arm for key, arm in self._evidence.items() if key[0] >= last}

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from policies.registry import Registry
+from policies.registry import Registry, locate_registry
 from policies.storage import Storage, open_storage
 from trimtab import session as sessions
 from trimtab.client import Client
@@ -61,7 +61,10 @@ class Context:
 def open_context(loop_file: Path, sets: list[str] | None, storage: str | None) -> Context:
     """Read the loop file and open its storage root."""
     loop = load_loop_file(loop_file, overrides=sets, storage=storage)
-    return Context(loop, open_storage(loop.storage))
+    context = Context(loop, open_storage(loop.storage))
+    if loop.registry is not None:  # written down in the storage root, where replicas and actors look too
+        locate_registry(context.storage.registry(loop.name), f"{loop.registry.rstrip('/')}/{loop.name}")
+    return context
 
 
 def connect(context: Context) -> Client:

@@ -49,6 +49,7 @@ class LoopConfig(BaseModel):
     feedback: FeedbackConfig
     release: ReleaseConfig = ReleaseConfig()
     storage: str = DEFAULT_LOCATION
+    registry: str | None = Field(None, description="a shared directory or s3://bucket/prefix; default: in the storage root")
 
     @model_validator(mode="after")
     def _has_a_threshold(self) -> Self:

@@ -19,7 +19,7 @@ from policies.bundle import Bundle, Golden, write_bundle
 from policies.errors import ConfigError, GateRefused, IntegrityError, NotFound
 from policies.integrity import canonical_json, parse_json, sha256_hex, write_atomic
 from policies.policy import Policy
-from policies.registry import Registry, RegistryState, register_version, set_champion
+from policies.registry import Registry, RegistryState, set_champion
 from policies.storage import Storage
 from policies.verdicts import GateReport, Verdict, require_passing
 from training.checkpoint import load_checkpoint, load_golden, load_policy
@@ -180,7 +180,8 @@ def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gat
 def _passing_version(state: RegistryState, policy: Policy) -> int | None:
     """Return the version that this policy is already: a `publish` that was cut short, or repeated, goes on from there."""
     digest = policy.sha256()
-    passing = (version for version in state.versions.values() if version.gate_verdict is Verdict.PASS)
+    versions = (version for version in state.versions.values() if version.collected_at is None)
+    passing = (version for version in versions if version.gate_verdict is Verdict.PASS)
     return next((version.number for version in passing if version.policy_sha256 == digest), None)
 
 
@@ -205,7 +206,7 @@ def _register(
         origin=origin,
         created_at=now,
     )
-    state = registry.append(lambda state: register_version(state, bundle), now=now)
+    state = registry.register(bundle, now=now)
     return max(number for number, entry in state.versions.items() if entry.digest == bundle.digest)
 
 
@@ -271,7 +272,7 @@ def _origin(loop: LoopConfig, run_id: str, metadata: dict[str, Any]) -> dict[str
     return {
         "run_id": run_id,
         "checkpoint": metadata,
-        "loop": json.loads(loop.model_dump_json(exclude={"storage"})),
+        "loop": json.loads(loop.model_dump_json(exclude={"storage", "registry"})),
         "code_commit": _code_commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from policies.bundle import read_bundle
 from policies.distributions import seed_of
 from policies.errors import NotFound
 from policies.records import find_decision
@@ -18,7 +17,7 @@ def replay(storage: Storage, policy_name: str, decision_id: str) -> dict[str, An
     decision = find_decision(storage.decisions(policy_name), decision_id)
     if decision is None:
         raise NotFound(f"decision {decision_id!r} is not in {storage.decisions(policy_name)}")
-    bundle = read_bundle(Registry(storage.registry(policy_name)).bundles / decision.digest, expected_digest=decision.digest)
+    bundle = Registry(storage.registry(policy_name)).bundle_of(decision.digest)
     policy = bundle.policy
     # Its bounds were checked when it came in, against those of the champion of that time, which may have been wider.
     spaces = policy.spaces.without_observation_bounds()

@@ -138,10 +138,10 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
 def test_a_changed_entry_is_found_by_the_next_reader(tmp_path: Path) -> None:
     registry = make_registry(tmp_path, num_versions=3)
     journal = sorted((tmp_path / "journal").iterdir())
-    for path in journal[:-1]:
+    for path in journal:
         original = path.read_bytes()
         path.write_bytes(original.replace(b'"author":"', b'"author":"x'))
-        with pytest.raises(IntegrityError, match="follows"):
+        with pytest.raises(IntegrityError, match="was changed"):
             Registry(tmp_path).state()
         path.write_bytes(original)
     assert Registry(tmp_path).state() == registry.state()  # the control

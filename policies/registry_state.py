@@ -1,0 +1,285 @@
+"""What a registry's journal adds up to: a pure fold over its entries, of all of them or of those before a moment.
+
+Champion, release, traffic plan, aliases, tags and approvals are never stored: they are what the entries say, in their order.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from policies.errors import IntegrityError, NotFound
+from policies.traffic import TrafficPlan, champion_only, with_canary
+from policies.verdicts import Verdict
+
+ReleaseAction = Literal["advance", "promote", "rollback", "abort", "pause", "resume"]
+ReleaseState = Literal["running", "paused", "promoted", "rolled_back", "aborted"]
+
+DERIVED_ALIASES = ("champion", "challenger", "previous")  # they follow from releases; nobody sets them
+MIN_DIGEST_PREFIX = 6
+
+
+@dataclass(frozen=True)
+class Approval:
+    """Somebody's word for a version."""
+
+    approver: str
+    reason: str
+    time_s: float
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered bundle. `gate_verdict` was made before registering; `override_gates` is the break-glass reason, if any.
+
+    `collected_at` is when `registry gc` gave its bundle up, else None: nothing can be served or replayed with it any more.
+    """
+
+    number: int
+    digest: str
+    policy_sha256: str
+    gate_verdict: Verdict
+    override_gates: str | None
+    registered_at: float
+    tags: dict[str, str] = field(default_factory=dict)
+    approvals: tuple[Approval, ...] = ()
+    collected_at: float | None = None
+
+
+@dataclass(frozen=True)
+class ReleaseStep:
+    """One change of a release with its reason, in the order of the journal."""
+
+    time_s: float
+    action: str
+    step: int
+    reason: str
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Release:
+    """The delivery of a candidate: `weights` are the canary's shares of units, `step` the index of the current one."""
+
+    number: int
+    candidate: int
+    incumbent: int
+    weights: tuple[float, ...]
+    step: int
+    state: ReleaseState
+    override_gates: str | None
+    started_at: float
+    history: tuple[ReleaseStep, ...]
+
+    @property
+    def is_open(self) -> bool:
+        return self.state in ("running", "paused")
+
+
+@dataclass(frozen=True)
+class RegistryState:
+    """What the journal adds up to after `num_entries` entries.
+
+    `torn` names the unfinished file behind the last entry that a crash left, if any: it counts for nothing.
+    """
+
+    num_entries: int = 0
+    last_sha256: str = ""
+    versions: dict[int, Version] = field(default_factory=dict)
+    champion: int | None = None
+    previous_champion: int | None = None
+    releases: tuple[Release, ...] = ()
+    plan: TrafficPlan | None = None
+    set_aliases: dict[str, int] = field(default_factory=dict)
+    torn: str | None = None
+
+    @property
+    def release(self) -> Release | None:
+        """The last release, open or closed."""
+        return self.releases[-1] if self.releases else None
+
+    @property
+    def aliases(self) -> dict[str, int]:
+        """All names of versions: those that follow from releases, and those that somebody set."""
+        challenger = self.release.candidate if self.release is not None and self.release.is_open else None
+        derived = dict(zip(DERIVED_ALIASES, (self.champion, challenger, self.previous_champion), strict=True))
+        return {name: version for name, version in derived.items() if version is not None} | self.set_aliases
+
+    def version(self, number: int) -> Version:
+        """Return a version or raise `NotFound` with the ones that exist."""
+        if number not in self.versions:
+            raise NotFound(f"version {number} does not exist; registered: {sorted(self.versions) or 'none'}")
+        return self.versions[number]
+
+    def resolve(self, name: str) -> Version:
+        """Return the version that a number, an alias or the beginning of a digest names, looked for in this order.
+
+        Raises `NotFound` for what names none, or several.
+        """
+        if name.isdecimal() and int(name) in self.versions:
+            return self.versions[int(name)]
+        if name in self.aliases:
+            return self.versions[self.aliases[name]]
+        found = [version for version in self.versions.values() if version.digest.startswith(name)]
+        if len(name) < MIN_DIGEST_PREFIX or not found:
+            raise NotFound(
+                f"{name!r} names no version; registered: {sorted(self.versions) or 'none'}, aliases: "
+                f"{', '.join(sorted(self.aliases)) or 'none'}, or at least {MIN_DIGEST_PREFIX} characters of a digest"
+            )
+        if len({version.digest for version in found}) > 1:
+            raise NotFound(f"the digests of versions {[v.number for v in found]} start with {name!r}: name more of it")
+        return found[-1]
+
+    def rollback_target(self) -> int | None:
+        """Return the version that a rollback of the present champion's promotion would bring back."""
+        promoted = (r for r in reversed(self.releases) if r.state == "promoted" and r.candidate == self.champion)
+        return next((release.incumbent for release in promoted), None)
+
+    def in_use(self, number: int) -> str | None:
+        """Return why a version's bundle must stay, or None when nothing asks for it."""
+        names = sorted(name for name, version in self.aliases.items() if version == number)
+        if names:
+            return " and ".join(names)
+        if number == self.rollback_target():
+            return "what a rollback brings back"
+        if self.release is not None and self.release.is_open and number == self.release.incumbent:
+            return "the open release's incumbent"
+        return None
+
+    def last_used_at(self, number: int) -> float:
+        """Return when a version was last registered, released or replaced, in seconds since 1970."""
+        times = [self.version(number).registered_at]
+        times += [r.history[-1].time_s for r in self.releases if number in (r.candidate, r.incumbent)]
+        return max(times)
+
+
+def fold(entries: Iterable[dict[str, Any]]) -> RegistryState:
+    """Return what entries add up to, from the first one on."""
+    state = RegistryState()
+    for entry in entries:
+        state = replace(apply(state, entry), num_entries=entry["number"])
+    return state
+
+
+def until(entries: list[dict[str, Any]], time_s: float) -> list[dict[str, Any]]:
+    """Return the entries that were in force at a moment: those before the first one that is later.
+
+    Writers' clocks differ. An entry takes effect after all before it, whatever its own clock said.
+    """
+    later = (index for index, entry in enumerate(entries) if entry["time_s"] > time_s)
+    return entries[: next(later, len(entries))]
+
+
+def crowning(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the entry that made the last champion champion, or None when there is none."""
+    state, found = RegistryState(), None
+    for entry in entries:
+        after = apply(state, entry)
+        if after.champion != state.champion:
+            found = entry
+        state = after
+    return found
+
+
+def apply(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
+    """Return the state after one more entry; raises `IntegrityError` for an entry that cannot follow."""
+    kind = entry["kind"]
+    if kind == "register":
+        return _with_version(
+            state,
+            Version(
+                entry["version"],
+                entry["digest"],
+                entry["policy_sha256"],
+                Verdict(entry["gate_verdict"]),
+                entry["override_gates"],
+                entry["time_s"],
+            ),
+        )
+    if kind == "champion":
+        plan = champion_only(entry["number"], entry["version"])
+        return replace(state, champion=entry["version"], previous_champion=state.champion, plan=plan)
+    if kind == "release_start":
+        return _apply_release_start(state, entry)
+    if kind == "release_change":
+        return _apply_release_change(state, entry)
+    if kind == "alias":
+        return _apply_alias(state, entry)
+    if kind == "tag":
+        version = state.versions[entry["version"]]
+        others = {key: value for key, value in version.tags.items() if key != entry["key"]}
+        added = {} if entry["value"] is None else {entry["key"]: entry["value"]}
+        return _with_version(state, replace(version, tags=others | added))
+    if kind == "approve":
+        version = state.versions[entry["version"]]
+        approval = Approval(entry["approver"], entry["reason"], entry["time_s"])
+        return _with_version(state, replace(version, approvals=(*version.approvals, approval)))
+    if kind == "collect":
+        return _with_version(state, replace(state.versions[entry["version"]], collected_at=entry["time_s"]))
+    raise IntegrityError(f"journal entry {entry['number']} has the unknown kind {kind!r}; upgrade Trimtab")
+
+
+def _with_version(state: RegistryState, version: Version) -> RegistryState:
+    return replace(state, versions={**state.versions, version.number: version})
+
+
+def _apply_alias(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
+    others = {name: version for name, version in state.set_aliases.items() if name != entry["alias"]}
+    if entry["version"] is None:
+        return replace(state, set_aliases=others)
+    return replace(state, set_aliases=others | {entry["alias"]: state.versions[entry["version"]].number})
+
+
+def _apply_release_start(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
+    assert state.champion is not None
+    weights = tuple(entry["weights"])
+    release = Release(
+        number=entry["release"],
+        candidate=entry["candidate"],
+        incumbent=state.champion,
+        weights=weights,
+        step=0,
+        state="running",
+        override_gates=entry["override_gates"],
+        started_at=entry["time_s"],
+        history=(ReleaseStep(entry["time_s"], "start", 0, entry["reason"], {}),),
+    )
+    return replace(state, releases=(*state.releases, release), plan=_plan(release, entry["number"]))
+
+
+def _apply_release_change(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
+    index, action, number = entry["release"] - 1, entry["action"], entry["number"]
+    release = state.releases[index]
+    step = release.step + (action == "advance")
+    history = (*release.history, ReleaseStep(entry["time_s"], action, step, entry["reason"], entry["numbers"]))
+    release_state: ReleaseState = {
+        "advance": "running",
+        "resume": "running",
+        "pause": "paused",
+        "promote": "promoted",
+        "rollback": "rolled_back",
+        "abort": "aborted",
+    }[action]
+    if release.state == "paused" and action == "advance":
+        release_state = "paused"
+    changed = replace(release, step=step, state=release_state, history=history)
+    state = replace(state, releases=(*state.releases[:index], changed, *state.releases[index + 1 :]))
+    if changed.is_open:
+        return replace(state, plan=_plan(changed, number))
+    if action == "promote":
+        return replace(
+            state,
+            champion=changed.candidate,
+            previous_champion=changed.incumbent,
+            plan=champion_only(number, changed.candidate),
+        )
+    if release.state == "promoted":  # a rollback after the promotion
+        return replace(
+            state, champion=changed.incumbent, previous_champion=changed.candidate, plan=champion_only(number, changed.incumbent)
+        )
+    return replace(state, plan=champion_only(number, changed.incumbent))
+
+
+def _plan(release: Release, number: int) -> TrafficPlan:
+    return with_canary(
+        number, release.number, champion=release.incumbent, candidate=release.candidate, weight=release.weights[release.step]
+    )
