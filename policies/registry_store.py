@@ -114,7 +114,7 @@ class ObjectStore:
             import s3fs  # here, not above: only who has such a registry needs it
         except ImportError as error:
             raise StorageError(f"registry {url}: s3fs is not installed; pip install 'trimtab[s3]'") from error
-        self._filesystem = s3fs.S3FileSystem(use_listings_cache=False)
+        self._filesystem = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
         self._url = url.rstrip("/")
         self._prefix = self._url.removeprefix("s3://")
 
@@ -151,12 +151,11 @@ class ObjectStore:
             self._filesystem.pipe_file(self._path(name), data, mode="create")
 
     def names(self, folder: str) -> list[str]:
+        start = len(self._path(folder)) + 1
         with self._errors("list", folder):
-            try:
-                found = self._filesystem.ls(self._path(folder), detail=False)
-            except FileNotFoundError:
-                return []
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+            # Not `ls`: some stores go on to show a folder whose last object was removed.
+            found = {path[start:].split("/")[0] for path in self._filesystem.find(self._path(folder))}
+        return sorted(found - {""})
 
     def put_bundle(self, path: Path) -> None:
         """The manifest goes last: a bundle whose manifest is there is whole."""
