@@ -72,6 +72,16 @@ def read_next(store: RegistryStore, number: int, previous_sha256: str) -> Entry 
     return Tail(number, previous_sha256, torn)
 
 
+def read_all(store: RegistryStore) -> tuple[list[Entry], Tail]:
+    """Return all entries from the first one, and where the journal ends; raises `IntegrityError` as `read_next` does."""
+    entries: list[Entry] = []
+    previous_sha256 = ""
+    while isinstance(found := read_next(store, len(entries) + 1, previous_sha256), Entry):
+        entries.append(found)
+        previous_sha256 = found.sha256
+    return entries, found
+
+
 def encode(tail: Tail, decided: dict[str, Any], *, now: float) -> bytes:
     """Return the bytes of the entry that `decided` becomes at the journal's tail."""
     body = {

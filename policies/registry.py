@@ -16,7 +16,7 @@ from typing import Any
 from policies import journal
 from policies.bundle import Bundle, read_bundle
 from policies.errors import ConfigError, IntegrityError, RegistryConflict
-from policies.integrity import canonical_json, commit_directory, make_directory, parse_json, write_atomic
+from policies.integrity import canonical_json, commit_directory, make_directory, parse_json, remove, write_atomic
 from policies.journal import Entry, Tail
 from policies.registry_entries import change_release, register_version, set_champion, start_release
 from policies.registry_state import (
@@ -61,6 +61,7 @@ class Registry:
 
     def __init__(self, root: Path) -> None:
         self.store = _store(root)
+        self._is_directory = isinstance(self.store, DirectoryStore)
         self.bundles = (self.store.root if isinstance(self.store, DirectoryStore) else root) / BUNDLES
         self._state = RegistryState()
 
@@ -70,13 +71,7 @@ class Registry:
 
     def entries(self) -> list[Entry]:
         """Read all entries again from the first one; raises `IntegrityError` when the chain is broken."""
-        entries: list[Entry] = []
-        while True:
-            previous = entries[-1].sha256 if entries else ""
-            found = journal.read_next(self.store, len(entries) + 1, previous)
-            if isinstance(found, Tail):
-                return entries
-            entries.append(found)
+        return journal.read_all(self.store)[0]
 
     def append(self, decide: Callable[[RegistryState], dict[str, Any]], *, now: float) -> RegistryState:
         """Append the entry that `decide` returns for the current state, deciding again when another writer was faster.
@@ -107,6 +102,19 @@ class Registry:
         if not path.exists():
             self._fetch(digest)
         return read_bundle(path, expected_digest=digest)
+
+    def stored_bundle(self, digest: str) -> Bundle:
+        """Read and verify a bundle as it is kept in the registry, whatever copy of it is here."""
+        if self._is_directory:
+            return read_bundle(self.bundles / digest, expected_digest=digest)
+        with tempfile.TemporaryDirectory() as parent:
+            self.store.fetch_bundle(digest, Path(parent) / digest)
+            return read_bundle(Path(parent) / digest, expected_digest=digest)
+
+    def remove_bundle(self, name: str) -> None:
+        """Remove a bundle from the registry, and the copy of it that is here."""
+        self.store.remove_bundle(name)
+        remove(self.bundles / name)
 
     def _fetch(self, digest: str) -> None:
         make_directory(self.bundles)
