@@ -12,10 +12,11 @@ import typer
 from policies.errors import GateRefused, ReleaseRefused, TrainingFailed, TrimtabError
 from trimtab.cluster import prepare_environment, terminate_as_interrupt
 from trimtab.command import DONE, INTERRUPTED, NEGATIVE, UNUSABLE, console, escape
-from trimtab.commands import curves, offline, online, release, tuning, whole_loop
+from trimtab.commands import curves, offline, online, registry, release, tuning, whole_loop
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 release_app = typer.Typer(no_args_is_help=True, help="Deliver a version to traffic step by step, and take it back.")
+registry_app = typer.Typer(no_args_is_help=True, help="See, name, approve, verify and tidy the versions of a policy.")
 
 for command in (whole_loop.up, offline.train, offline.resume, tuning.tune, offline.evaluate, offline.gate, offline.publish):
     app.command()(command)
@@ -24,6 +25,13 @@ for command in (online.serve, online.decide, online.drive, online.status, online
     app.command()(command)
 for command in (release.start, release.status, release.promote, release.pause, release.resume, release.abort, release.rollback):
     release_app.command()(command)
+app.add_typer(registry_app, name="registry")
+registry_app.command("list")(registry.list_versions)
+for command in (registry.show, registry.history, registry.diff, registry.verify, registry.gc):
+    registry_app.command()(command)
+for command in (registry.alias, registry.tag, registry.approve):
+    registry_app.command()(command)
+app.command("lineage")(registry.show_lineage)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from policies.journal import entry_name
 from policies.registry import Registry, locate_registry, set_champion
 from policies.registry_entries import set_alias
 from policies.registry_store import DirectoryStore, ObjectStore, RegistryStore
+from policies.registry_verify import verify
 from tests.bundles import make_bundle, make_policy, make_registry
 from tests.journal_checker import find_faults
 from tests.registry_writers import run_writers
@@ -118,12 +119,14 @@ def test_a_changed_byte_in_the_bucket_is_found_before_the_copy_gets_its_name(buc
     here, there = _registry_at(place, tmp_path / "here"), _registry_at(place, tmp_path / "there")
     bundle = make_bundle(here.bundles, make_policy())
     here.register(bundle, now=1.0)
+    assert verify(here).problems == ()
     data = (bundle.path / "policy.safetensors").read_bytes()
     _put(f"{place}/bundles/{bundle.digest}/policy.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(IntegrityError, match=r"policy\.safetensors: sha256 is"):
         there.bundle(1)
     assert list(there.bundles.iterdir()) == []
     assert here.bundle(1).digest == bundle.digest  # the control: the copy of the publisher is whole
+    assert len(verify(here).problems) == 1  # but it is the bucket that is verified
 
 
 def test_a_torn_entry_in_a_bucket_is_stood_in_for(bucket: str, tmp_path: Path) -> None:
