@@ -102,8 +102,8 @@ class DirectoryStore:
 class ObjectStore:
     """A registry below an `s3://bucket/prefix`; credentials and endpoint come from the AWS variables or files.
 
-    `create` is a PUT with `If-None-Match: *`. Amazon S3, Cloudflare R2, MinIO, Ceph and SeaweedFS honour it; a store that
-    ignores it would let one writer overwrite another's entry, so `check` tries it out.
+    `create` is a PUT with `If-None-Match: *`. Amazon S3, Cloudflare R2, MinIO and SeaweedFS honour it; a store that ignores
+    it would let one writer overwrite another's entry, so `check` tries it out.
     """
 
     def __init__(self, url: str) -> None:

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from policies.errors import IntegrityError, TrimtabError
+from policies.errors import IntegrityError, NotFound, TrimtabError
 from policies.journal import FOLDER, Entry, Tail, read_all
 from policies.registry import Registry
 from policies.registry_state import RegistryState, Version, fold
@@ -28,13 +28,14 @@ def verify(registry: Registry) -> Verification:
     remarks: list[str] = []
     state = RegistryState()
     entries: list[Entry] = []
+    files = registry.store.names(FOLDER)  # before the entries: one that is appended meanwhile is no stray file
     try:
         entries, tail = read_all(registry.store)
         state = fold(entry.body for entry in entries)
     except IntegrityError as error:
         problems.append(f"{error}; nothing behind this entry can be trusted, so bundles are not compared with entries")
     else:
-        _check_files(registry, entries, tail, problems, remarks)
+        _check_files(files, entries, tail, problems, remarks)
     names = registry.store.names(BUNDLES)
     digests = [name for name in names if DIGEST_PATTERN.fullmatch(name)]
     for name in sorted(set(names) - set(digests)):
@@ -43,7 +44,7 @@ def verify(registry: Registry) -> Verification:
     for version in state.versions.values():
         by_digest.setdefault(version.digest, []).append(version)
     for digest in digests:
-        _check_bundle(registry, digest, by_digest.get(digest, []), problems)
+        _check_bundle(registry, digest, by_digest.get(digest, []), problems, remarks)
         if entries and digest not in by_digest:
             remarks.append(f"bundle {digest} was never registered")
     for version in state.versions.values():
@@ -52,7 +53,7 @@ def verify(registry: Registry) -> Verification:
     return Verification(len(entries), len(digests), tuple(problems), tuple(remarks))
 
 
-def _check_files(registry: Registry, entries: list[Entry], tail: Tail, problems: list[str], remarks: list[str]) -> None:
+def _check_files(files: list[str], entries: list[Entry], tail: Tail, problems: list[str], remarks: list[str]) -> None:
     for torn in tail.torn:
         problems.append(
             f"{torn} is torn: a crash cut it off, and what it was going to say is lost; the next entry stands in for it"
@@ -61,7 +62,7 @@ def _check_files(registry: Registry, entries: list[Entry], tail: Tail, problems:
         for name in entry.files[:-1]:
             remarks.append(f"{name} is torn; {entry.files[-1]} stands in for it")
     known = {name for entry in entries for name in entry.files} | set(tail.torn)
-    for name in registry.store.names(FOLDER):
+    for name in files:
         path = f"{FOLDER}/{name}"
         if name.startswith(".tmp-"):
             remarks.append(f"{path} is what a killed writer left")
@@ -73,9 +74,15 @@ def _check_files(registry: Registry, entries: list[Entry], tail: Tail, problems:
         )
 
 
-def _check_bundle(registry: Registry, digest: str, versions: list[Version], problems: list[str]) -> None:
+def _check_bundle(registry: Registry, digest: str, versions: list[Version], problems: list[str], remarks: list[str]) -> None:
     try:
         bundle = registry.stored_bundle(digest)
+    except NotFound:
+        if all(version.collected_at is not None for version in versions):
+            remarks.append(f"bundle {digest} is not whole: it is being written or removed, or who did it was killed")
+        else:
+            problems.append(f"bundle {digest} has no manifest")
+        return
     except TrimtabError as error:
         problems.append(f"bundle {digest}: {error}")
         return

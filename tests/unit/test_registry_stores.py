@@ -9,7 +9,7 @@ import pytest
 
 from policies.errors import ConfigError, IntegrityError, NotFound, StorageError
 from policies.journal import entry_name
-from policies.registry import Registry, locate_registry, set_champion
+from policies.registry import Registry, locate_registry, register_version, set_champion
 from policies.registry_entries import set_alias
 from policies.registry_store import DirectoryStore, ObjectStore, RegistryStore
 from policies.registry_verify import verify
@@ -99,6 +99,24 @@ def test_a_second_machine_reads_what_the_first_one_published(place: str, tmp_pat
     assert [path for path in there.bundles.iterdir() if path.name.startswith(".tmp-")] == []
     with pytest.raises(NotFound, match="there is no bundle 0000"):
         there.bundle_of("0" * 64)
+
+
+def test_a_bundle_from_elsewhere_is_put_in_before_its_entry(place: str, tmp_path: Path) -> None:
+    registry = _registry_at(place, tmp_path / "here")
+    bundle = make_bundle(tmp_path / "elsewhere", make_policy())
+    registry.register(bundle, now=1.0)
+    assert registry.store.names("bundles") == [bundle.digest]
+    assert _registry_at(place, tmp_path / "there").bundle(1).digest == bundle.digest
+
+
+def test_half_a_bundle_in_a_bucket_is_a_remark_until_a_version_needs_it(bucket: str, tmp_path: Path) -> None:
+    """An upload or a removal was interrupted: the manifest, which makes it whole, is not there."""
+    registry = _registry_at(f"{bucket}/{tmp_path.name}", tmp_path / "here")
+    bundle = make_bundle(registry.bundles, make_policy())
+    _put(f"{bucket}/{tmp_path.name}/bundles/{bundle.digest}/gates.json", b"{}")
+    assert [remark.split(" is not whole")[0] for remark in verify(registry).remarks] == [f"bundle {bundle.digest}"]
+    registry.append(lambda state: register_version(state, bundle), now=1.0)  # as nobody should: without the bytes
+    assert verify(registry).problems == (f"bundle {bundle.digest} has no manifest",)
 
 
 def test_writers_in_several_roots_share_one_journal(place: str, tmp_path: Path) -> None:
