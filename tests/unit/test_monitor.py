@@ -11,9 +11,11 @@ import pytest
 from actors.monitor import Monitor, arm_version
 from actors.release_manager import MAX_EVIDENCE_AGE_S, ReleaseManager
 from actors.version_traffic import latency_quantile_ms
+from policies.errors import StorageError
 from policies.integrity import canonical_json
 from policies.records import Feedback
 from policies.registry import Registry, RegistryState, apply, change_release, set_champion, start_release
+from policies.registry_store import DirectoryStore
 from policies.release import ReleaseConfig
 from policies.storage import Storage, open_storage
 from policies.telemetry import LATENCY_BUCKETS_S, ReplicaReport
@@ -243,6 +245,24 @@ def test_a_changed_journal_is_shown_and_the_last_good_state_stays(tmp_path: Path
     status = monitor.status(world.clock.now)
     assert status["champion"] == 1
     assert "00000004.json" in status["monitor"]["integrity_errors"][0]
+
+
+def test_a_registry_elsewhere_that_does_not_answer_is_shown_and_the_last_good_state_stays(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.live(2, monitor)
+    monitor._registry.store = AwayStore(tmp_path)
+    monitor.refresh(world.clock.now)
+    status = monitor.status(world.clock.now)
+    assert status["champion"] == 1
+    assert "cannot read journal" in status["monitor"]["integrity_errors"][0]
+
+
+class AwayStore(DirectoryStore):
+    """What an object store is while the network is down."""
+
+    def read(self, name: str) -> bytes | None:
+        raise StorageError(f"registry {self}: cannot read {name}: timed out")
 
 
 def report(replica: str, started_at_s: float, num_answers: int) -> dict:
