@@ -116,6 +116,7 @@ def train_once(task: Task, seed: int) -> dict[str, Any]:
     from actors.worker_pool import WorkerPool
     from policies.storage import open_storage
     from training.checkpoint import load_policy
+    from training.evaluation import EvaluationRequest
 
     environment, training = EnvironmentConfig(id=task.environment), TrainingConfig(**task.training, seed=seed)
     curve: list[tuple[int, float]] = []
@@ -130,7 +131,7 @@ def train_once(task: Task, seed: int) -> dict[str, Any]:
         result = train(environment, training, storage, on_progress=note)
         policy, _ = load_policy(storage.run(result.run_id))
     with WorkerPool(environment, training) as pool:
-        score = pool.evaluate(policy, num_episodes=NUM_EPISODES, seed=SCORE_SEED).return_mean
+        score = pool.evaluate(EvaluationRequest(policy, NUM_EPISODES, SCORE_SEED))[0].return_mean
     return {"seed": seed, "score": score, "env_steps": result.env_steps, "wall_s": time.perf_counter() - began_s, "curve": curve}
 
 

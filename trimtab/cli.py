@@ -1,7 +1,8 @@
 """The `trimtab` command: every step of the loop on its own, and `up` for all of them in one go.
 
 Exit codes: 0 done, 1 the verdict is negative (gate not passed, release refused or rolled back, target not reached),
-2 usage or environment error. With --json one JSON document goes to stdout; everything else goes to stderr.
+2 usage or environment error, 3 a gate had too little evidence. With --json one JSON document goes to stdout; everything
+else goes to stderr.
 """
 
 import sys

@@ -17,7 +17,7 @@ from trimtab.client import Client
 from trimtab.cluster import Cluster, connected
 from trimtab.loop_file import LoopConfig, load_loop_file
 
-DONE, NEGATIVE, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+DONE, NEGATIVE, UNUSABLE, UNDECIDED, INTERRUPTED = 0, 1, 2, 3, 130
 DEFAULT_LOOP_FILE = Path("examples/cartpole.yaml")
 
 console = Console(stderr=True)

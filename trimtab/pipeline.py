@@ -25,8 +25,9 @@ from policies.verdicts import GateReport, Verdict, require_passing
 from training.checkpoint import load_checkpoint, load_golden, load_policy
 from training.config import TrainingConfig
 from training.environment import read_spaces
-from training.evaluation import Evaluation
-from training.gates import Incumbent, run_gates
+from training.evaluation import Evaluation, EvaluationRequest
+from training.gates import Contender, GateContext, run_gates
+from training.gates.regression import scenario_names
 from training.golden import golden_inputs
 from training.network import outputs_as_trained
 from training.runs import RESULT, RunConfig, newest_run, open_run, read_config
@@ -121,14 +122,14 @@ def evaluate_run(loop: LoopConfig, storage: Storage, run_id: str, *, episodes: i
     """Run episodes with the run's best policy so far, in the serving mode of the loop file."""
     policy, _ = load_policy(storage.run(run_id))
     with _evaluation_pool(loop, policy) as pool:
-        return pool.evaluate(policy, num_episodes=episodes, seed=seed, mode=loop.serving.mode)
+        return pool.evaluate(EvaluationRequest(policy, episodes, seed, loop.serving.mode))[0]
 
 
 def evaluate_version(loop: LoopConfig, storage: Storage, version: int, *, episodes: int, seed: int) -> Evaluation:
     """Run episodes with a registered version, in the mode in which it is served."""
     bundle = Registry(storage.registry(loop.name)).bundle(version)
     with _evaluation_pool(loop, bundle.policy) as pool:
-        return pool.evaluate(bundle.policy, num_episodes=episodes, seed=seed, mode=bundle.manifest["serving_mode"])
+        return pool.evaluate(EvaluationRequest(bundle.policy, episodes, seed, bundle.manifest["serving_mode"]))[0]
 
 
 def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | None = None) -> GateReport:
@@ -136,17 +137,12 @@ def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | 
     policy, _ = load_policy(storage.run(run_id))
     registry = Registry(storage.registry(loop.name))
     version = against if against is not None else registry.state().champion
+    incumbent, known_scenarios = _incumbent(registry, version) if version is not None else (None, ())
+    context = GateContext(
+        Contender(policy, loop.serving.mode), incumbent, loop.environment, loop.gates, _min_return(loop), known_scenarios
+    )
     with _evaluation_pool(loop, policy) as pool:
-        report, episodes = run_gates(
-            policy,
-            mode=loop.serving.mode,
-            incumbent=_incumbent(registry, version) if version is not None else None,
-            evaluate=pool.evaluate,
-            config=loop.gates,
-            min_return=_min_return(loop),
-            conditions_sha256=_conditions_sha256(loop),
-            now=time.time(),
-        )
+        report, episodes = run_gates(context, evaluate=pool.evaluate, conditions_sha256=_conditions_sha256(loop), now=time.time())
     run = storage.run(run_id)
     np.savez(run / GOLDEN_INPUTS, **_golden_inputs(policy, episodes, loop.gates.seed))
     write_atomic(run / GATE_REPORT, canonical_json(report.to_json()))
@@ -230,9 +226,11 @@ def _conditions_sha256(loop: LoopConfig) -> str:
     return sha256_hex(canonical_json(conditions))
 
 
-def _incumbent(registry: Registry, version: int) -> Incumbent:
+def _incumbent(registry: Registry, version: int) -> tuple[Contender, tuple[str, ...]]:
+    """Return a version as it is served, and the scenarios that it had to pass."""
     bundle = registry.bundle(version)
-    return Incumbent(version, bundle.policy, bundle.manifest["serving_mode"])
+    contender = Contender(bundle.policy, bundle.manifest["serving_mode"], version)
+    return contender, scenario_names(bundle.gate_report.result("regression"))
 
 
 def _evaluation_pool(loop: LoopConfig, policy: Policy) -> WorkerPool:

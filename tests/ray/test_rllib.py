@@ -94,8 +94,8 @@ def loop_of(environment: EnvironmentConfig, training: dict[str, Any], **gates: A
         training={"target_return": 1e9, "num_cpus_per_env_runner": 0.5, **training},
         gates={
             "performance": {"min_return": -1e9, "episodes": 20},
-            "safety": {"constraint": "training.gates.safety:no_constraint", "max_violation_rate": 0.99},
-            "robustness": {"noise_levels": [0.05], "min_return_ratio": 0.01, "episodes": 5},
+            "safety": {"constraints": []},
+            "robustness": {"strengths": {"noise": [0.05]}, "watched": {}, "min_return_ratio": 0.01, "episodes": 5},
             **gates,
         },
         feedback={"outcome_range": [-1e9, 1e9]},

@@ -14,7 +14,7 @@ from policies.verdicts import GateReport, Verdict
 from tests.bundles import make_report
 from training.checkpoint import load_policy, save_checkpoint
 from training.environment import read_spaces
-from training.evaluation import evaluate
+from training.evaluation import EvaluationRequest, evaluate
 from training.golden import NUM_GOLDEN
 from training.learner_state import LearnerState
 from training.network import layout_of
@@ -76,7 +76,7 @@ def test_every_kind_of_policy_is_published_with_golden_vectors_of_what_it_meets(
     run = _make_run(loop, storage)
     policy, _ = load_policy(run)
     _gate(loop, run)
-    episodes = evaluate(loop.environment, policy, num_episodes=5, seed=1, mode="sample", keep_steps=True)
+    episodes = evaluate(loop.environment, EvaluationRequest(policy, num_episodes=5, seed=1, mode="sample", keep_steps=True))
     np.savez(run / pipeline.GOLDEN_INPUTS, **pipeline._golden_inputs(policy, episodes, seed=0))
     golden = pipeline.publish_run(loop, storage, "r").bundle.golden
     assert len(golden.observations_ND) == min(NUM_GOLDEN, len(episodes.obs_ND)) + 3  # and three corners

@@ -12,6 +12,7 @@ from trimtab.command import (
     DEFAULT_LOOP_FILE,
     DONE,
     NEGATIVE,
+    UNDECIDED,
     AddressOption,
     Context,
     JsonOption,
@@ -153,7 +154,7 @@ def gate(
     against: Annotated[int | None, typer.Option(help="Version to compare with; default: the champion.")] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Judge a run's best policy so far: performance, safety, robustness. Exit code 1 unless all pass."""
+    """Judge a run's best policy so far by all gates. Exit code 1 when one fails, 3 when the evidence is not enough."""
     from trimtab.pipeline import find_run, gate_run
 
     context = open_context(loop_file, sets, storage)
@@ -164,7 +165,7 @@ def gate(
         print(json.dumps({"run_id": run_id, **report.to_json()}))
     else:
         print_report(report)
-    return DONE if report.verdict is Verdict.PASS else NEGATIVE
+    return {Verdict.PASS: DONE, Verdict.FAIL: NEGATIVE, Verdict.INCONCLUSIVE: UNDECIDED}[report.verdict]
 
 
 def print_report(report: GateReport) -> None:
