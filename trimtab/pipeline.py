@@ -29,8 +29,10 @@ from training.evaluation import Evaluation, EvaluationRequest
 from training.gates import Contender, GateContext, run_gates
 from training.gates.regression import scenario_names
 from training.golden import golden_inputs
+from training.metrics import read_metrics
 from training.network import outputs_as_trained
 from training.runs import RESULT, RunConfig, newest_run, open_run, read_config
+from trimtab.learning_curves import read_curve
 from trimtab.loop_file import LoopConfig
 
 GATE_REPORT = "gates.json"
@@ -146,6 +148,8 @@ def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | 
     run = storage.run(run_id)
     np.savez(run / GOLDEN_INPUTS, **_golden_inputs(policy, episodes, loop.gates.seed))
     write_atomic(run / GATE_REPORT, canonical_json(report.to_json()))
+    for name, data in _card(loop, storage, run_id, policy, report, override_gates=None).items():
+        write_atomic(run / name, data)
     return report
 
 
@@ -239,6 +243,28 @@ def _evaluation_pool(loop: LoopConfig, policy: Policy) -> WorkerPool:
     if policy.spaces.to_json() != expected:
         raise ConfigError(f"the policy takes and gives {policy.spaces.to_json()}, environment {loop.environment.id} {expected}")
     return WorkerPool(loop.environment, loop.training)
+
+
+def _card(
+    loop: LoopConfig, storage: Storage, run_id: str, policy: Policy, report: GateReport, *, override_gates: str | None
+) -> dict[str, bytes]:
+    """Return the files of the model card."""
+    from trimtab.card import Facts, card_files  # here, not above: it draws, and matplotlib takes half a second
+
+    run, training = storage.run(run_id), loop_of_run(loop, storage, run_id).training
+    _, state = load_policy(run)
+    origin = {
+        "run": run_id,
+        "algorithm": training.algorithm,
+        "seed": training.seed,
+        "updates": state["update"],
+        "environment steps": state["env_steps"],
+        "code commit": _code_commit() or "unknown",
+    }
+    settings = training.model_dump(mode="json", exclude_defaults=True)
+    environment = loop.environment.model_dump_json(exclude_defaults=True)
+    curve = read_curve(run) if read_metrics(run) else None
+    return card_files(Facts(loop.name, policy, loop.serving.mode, environment, origin, settings, report, override_gates, curve))
 
 
 def _min_return(loop: LoopConfig) -> float:

@@ -123,7 +123,9 @@ def test_learning_with_masks_keeps_finite_parameters_and_finds_the_better_choice
     # Later choices pay more. Flat, 0 and 4 are missing, then 1 and 5, then 2 and 3: 5 + 4 + 5. By halves 0, 1, 2: 2 + 2 + 1.
     assert returns_E.tolist() == [14 if way["flat"] else 5] * 3
     untrained = stubborn_weights(layout).policy(layout)
-    assert evaluate(environment, untrained, num_episodes=3, seed=0).returns_E.tolist() == [1] * 3  # the control: 1 + 0 + 0
+    assert (
+        evaluate(environment, EvaluationRequest(untrained, num_episodes=3, seed=0)).returns_E.tolist() == [1] * 3
+    )  # the control: 1 + 0 + 0
 
 
 @pytest.mark.parametrize(

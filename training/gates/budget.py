@@ -45,7 +45,7 @@ def judge_budget(numbers: dict[str, Any], config: Any) -> GateResult:
     for name, value in list(numbers.items()):
         limit = numbers[f"max_{name}"] = getattr(config, f"max_{name}")
         exact = Interval(value, value, value)
-        rules.append((exact.at_most(limit), f"{name} {value:.4g} of {limit:,}"))
+        rules.append((exact.at_most(limit), f"{name} {value if isinstance(value, int) else round(value, 3):,} of {limit:,}"))
     return judged("budget", rules, numbers)
 
 

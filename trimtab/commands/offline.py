@@ -165,6 +165,7 @@ def gate(
         print(json.dumps({"run_id": run_id, **report.to_json()}))
     else:
         print_report(report)
+        say(f"model card: {context.storage.run(run_id) / 'card.html'}")
     return {Verdict.PASS: DONE, Verdict.FAIL: NEGATIVE, Verdict.INCONCLUSIVE: UNDECIDED}[report.verdict]
 
 
