@@ -18,7 +18,16 @@ from trimtab.commands import curves, offline, online, release, tuning, whole_loo
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 release_app = typer.Typer(no_args_is_help=True, help="Deliver a version to traffic step by step, and take it back.")
 
-for command in (whole_loop.up, offline.train, offline.resume, tuning.tune, offline.evaluate, offline.gate, offline.publish):
+for command in (
+    whole_loop.up,
+    offline.train,
+    offline.resume,
+    tuning.tune,
+    offline.evaluate,
+    offline.gate,
+    offline.diff,
+    offline.publish,
+):
     app.command()(command)
 app.add_typer(release_app, name="release")
 for command in (online.serve, online.decide, online.drive, online.status, online.replay, online.down, curves.plot):

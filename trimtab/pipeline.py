@@ -24,6 +24,7 @@ from policies.storage import Storage
 from policies.verdicts import GateReport, Verdict, require_passing
 from training.checkpoint import load_checkpoint, load_golden, load_policy
 from training.config import TrainingConfig
+from training.disagreement import Disagreement, compare
 from training.environment import read_spaces
 from training.evaluation import Evaluation, EvaluationRequest
 from training.gates import Contender, GateContext, run_gates
@@ -132,6 +133,28 @@ def evaluate_version(loop: LoopConfig, storage: Storage, version: int, *, episod
     bundle = Registry(storage.registry(loop.name)).bundle(version)
     with _evaluation_pool(loop, bundle.policy) as pool:
         return pool.evaluate(EvaluationRequest(bundle.policy, episodes, seed, bundle.manifest["serving_mode"]))[0]
+
+
+def diff_versions(loop: LoopConfig, storage: Storage, first: int, second: int, *, episodes: int) -> Disagreement:
+    """Run episodes with two versions from the same initial states, and find where they would act differently."""
+    registry = Registry(storage.registry(loop.name))
+    bundles = [registry.bundle(version) for version in (first, second)]
+    if bundles[0].policy.spaces.to_json() != bundles[1].policy.spaces.to_json():
+        raise ConfigError(f"versions {first} and {second} take or give different things; their decisions cannot be compared")
+    requests = [
+        EvaluationRequest(bundle.policy, episodes, loop.gates.seed, bundle.manifest["serving_mode"], keep_steps=True)
+        for bundle in bundles
+    ]
+    with _evaluation_pool(loop, bundles[0].policy) as pool:
+        evaluations = pool.evaluate(*requests)
+    return compare(
+        bundles[0].policy,
+        bundles[1].policy,
+        (evaluations[0], evaluations[1]),
+        gamma=loop.training.gamma,
+        confidence=loop.gates.confidence,
+        seed=loop.gates.seed,
+    )
 
 
 def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | None = None) -> GateReport:

@@ -1,6 +1,7 @@
 """The commands before traffic: train, resume, evaluate, gate, publish."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -178,6 +179,37 @@ def print_report(report: GateReport) -> None:
     for result in report.results:
         table.add_row(result.gate, f"[{colours[result.verdict]}]{result.verdict}[/]", escape(result.reason))
     console.print(table)
+
+
+def diff(
+    first: Annotated[int, typer.Argument(help="A registered version.")],
+    second: Annotated[int, typer.Argument(help="Another one.")],
+    loop_file: Annotated[Path, typer.Option("--loop", metavar="LOOP_FILE", help="The loop file.")] = DEFAULT_LOOP_FILE,
+    sets: Sets = None,
+    storage: StorageOption = None,
+    address: AddressOption = None,
+    episodes: Annotated[int, typer.Option(min=2, help="Episodes of each.")] = 128,
+    as_json: JsonOption = False,
+) -> int:
+    """Show where two versions would act differently, what each does there, and what comes of it."""
+    from trimtab.pipeline import diff_versions
+
+    context = open_context(loop_file, sets, storage)
+    with context.cluster(address):
+        found = diff_versions(context.loop, context.storage, first, second, episodes=episodes)
+    if as_json:
+        print(json.dumps({"first": first, "second": second, **found.to_json()}))
+        return DONE
+    say(f"versions {first} and {second} act differently in {found.share.mean:.1%} of an episode's states {found.share}")
+    table = Table(title="where they differ", title_justify="left", box=None, pad_edge=False)
+    for title in ("share", "observations around", f"actions of {first} → {second}", f"what follows: {second} less {first}"):
+        table.add_column(title)
+    for cluster in found.clusters:
+        centre = ", ".join(f"{value:.3g}" for value in cluster.centre_D[:8]) + (", …" if len(cluster.centre_D) > 8 else "")
+        pairs = ", ".join(f"{ours} → {theirs} ({count})" for ours, theirs, count in cluster.pairs)
+        table.add_row(f"{cluster.share:.0%}", escape(centre), escape(pairs), escape(str(cluster.value_difference or "unknown")))
+    console.print(table)
+    return DONE
 
 
 def publish(
