@@ -25,7 +25,7 @@ from policies.storage import Storage, open_storage
 from policies.verdicts import Verdict
 from training.checkpoint import load_checkpoint, load_golden, load_policy, read_layout
 from training.config import EnvironmentConfig, TrainingConfig
-from training.evaluation import evaluate
+from training.evaluation import EvaluationRequest, evaluate
 from training.gates.intervals import mean_interval
 from training.network import policy_of
 from trimtab import pipeline
@@ -208,7 +208,7 @@ def test_the_bundle_acts_as_rllibs_own_evaluation_says(loop: LoopConfig, dqn):
     with restored(CARTPOLE, loop.training, run) as algorithm:
         rllib_algorithm.restore(algorithm, rllib_algorithm.state_from_tensors(checkpoint.tensors))
         theirs_E = rllibs_own_evaluation(algorithm)
-    ours_E = evaluate(CARTPOLE, last, num_episodes=NUM_EPISODES, seed=1).returns_E
+    ours_E = evaluate(CARTPOLE, EvaluationRequest(last, num_episodes=NUM_EPISODES, seed=1)).returns_E
     assert_same_mean(ours_E, theirs_E)
 
     report = pipeline.gate_run(loop, storage, "dqn")
