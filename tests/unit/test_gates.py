@@ -269,7 +269,7 @@ def test_safety_that_nobody_thought_about_is_inconclusive_and_says_what_to_do() 
 def test_a_function_that_cannot_be_imported_is_named_before_any_episode(reference: str, message: str) -> None:
     for config in (
         GatesConfig(safety=SafetyConfig(constraints=(ConstraintConfig(function=reference),))),
-        GatesConfig(objective=ObjectiveConfig(true=reference)),
+        GatesConfig(objective=ObjectiveConfig(true_metric=reference)),
         GatesConfig(own=(reference,)),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -312,6 +312,16 @@ def test_a_candidate_that_is_more_fragile_than_the_incumbent_fails() -> None:
     assert _robustness(enough) is Verdict.PASS
     assert _robustness(enough, incumbent=[440.0] * 20) is Verdict.PASS
     assert _robustness(enough, incumbent=[500.0] * 20) is Verdict.FAIL  # 425 is more than 10 % below 500
+
+
+def test_what_is_only_watched_decides_nothing_and_is_written_down() -> None:
+    config = RobustnessConfig(strengths={"noise": (0.1,)}, watched={"stuck": (0.1,)})
+    candidate = {("noise", 0.1): _rows([500.0] * 20), ("stuck", 0.1): _rows([10.0] * 20)}
+    incumbent = dict.fromkeys(candidate, _rows([500.0] * 20))
+    result = judge_robustness(500.0, candidate, incumbent, config=config, confidence=0.95)
+    assert result.verdict is Verdict.PASS and result.numbers["disturbances"][1]["difference_mean"] == -490
+    required = config.model_copy(update={"strengths": {"noise": (0.1,), "stuck": (0.1,)}})
+    assert judge_robustness(500.0, candidate, incumbent, config=required, confidence=0.95).verdict is Verdict.FAIL
 
 
 def _judge_on_signs(boundary: float, incumbent: Policy | None = None, **settings) -> tuple[GateResult, ...]:
@@ -458,7 +468,9 @@ def test_each_number_of_the_budget_has_its_limit() -> None:
 
 def _objective(proxy: np.ndarray, true: np.ndarray, incumbent: tuple[np.ndarray, np.ndarray] | None) -> GateResult:
     theirs = None if incumbent is None else np.stack(incumbent, axis=1)
-    return judge_objective(np.stack([proxy, true], axis=1), theirs, config=ObjectiveConfig(true="tests:x"), confidence=0.95)
+    return judge_objective(
+        np.stack([proxy, true], axis=1), theirs, config=ObjectiveConfig(true_metric="tests:x"), confidence=0.95
+    )
 
 
 def test_a_candidate_that_gains_the_proxy_and_loses_what_is_meant_fails() -> None:

@@ -78,7 +78,7 @@ class RobustnessConfig(_Section):
             "drift": (0.1, 0.3),
             "worst_case": (0.01, 0.05, 0.1),
         },
-        description="what is measured too; there the candidate only has to be no worse than the incumbent",
+        description="what is measured and shown too, without deciding anything",
     )
     min_return_ratio: float = Field(0.8, gt=0, le=1, description="bigger: less of the undisturbed return may be lost")
     max_regression: float = Field(
@@ -125,7 +125,9 @@ class BudgetConfig(_Section):
 class ObjectiveConfig(_Section):
     """What is really wanted, where the reward only stands for it."""
 
-    true: str = Field(description="`module:function` taking an episode (obs_TD, actions_T, rewards_T): what is really wanted")
+    true_metric: str = Field(
+        description="`module:function` taking an episode (obs_TD, actions_T, rewards_T): what is really wanted"
+    )
     proxy: str | None = Field(None, description="the same for what training maximises; null is the return")
     max_regression: float = Field(
         0.05, ge=0, description="bigger: a candidate may lose this share of the incumbent's true metric"

@@ -32,7 +32,7 @@ def reward_hacking(context: GateContext) -> GateRun:
     """Measure two metrics on the same episodes of candidate and incumbent: the one that was trained for, and the one meant."""
     config = context.config.objective
     assert config is not None, "the gate runs where an objective is named"
-    true = load_function(config.true, "gates.objective.true")
+    true = load_function(config.true_metric, "gates.objective.true_metric")
     proxy = load_function(config.proxy, "gates.objective.proxy") if config.proxy else episode_return
     evaluations = yield [context.first_look(contender) for contender in context.contenders]
     rows = [_metrics(evaluation, proxy, true) for evaluation in evaluations]
@@ -52,7 +52,7 @@ def judge_objective(
         "proxy_mean": float(candidate_E2[:, 0].mean()),
         "true_mean": float(candidate_E2[:, 1].mean()),
         "rank_correlation": correlation,
-        "functions": {"proxy": config.proxy or "the return", "true": config.true},
+        "functions": {"proxy": config.proxy or "the return", "true": config.true_metric},
     }
     if incumbent_E2 is None:
         if correlation is None:
