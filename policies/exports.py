@@ -19,7 +19,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -60,7 +60,7 @@ class Export:
 
 
 def write_export(bundle: Bundle, format: Format, path: Path) -> Export:
-    """Write the directory `path` and read it back from there.
+    """Write the directory `path`, and read it back before it gets that name.
 
     Raises `ConfigError` when the directory exists, a package is missing, or the format cannot say what the network does;
     `IntegrityError` when the artifact does not reproduce the golden vectors.
@@ -75,11 +75,12 @@ def write_export(bundle: Bundle, format: Format, path: Path) -> Export:
         files = {name: _described(data) for name, data in ((ARTIFACTS[format], artifact), (GOLDEN, golden))}
         description = canonical_json(_describe(bundle, format, files))
         (temporary / DESCRIPTION).write_bytes(description)
-        load_export(temporary, expected_sha256=sha256_hex(description))  # before it has the name that others look for
+        # Verified before it has the name that others look for.
+        export = replace(load_export(temporary, expected_sha256=sha256_hex(description)), path=path)
         commit_directory(temporary, path)
+        return export
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return load_export(path, expected_sha256=sha256_hex(description))
 
 
 def load_export(path: Path, *, expected_sha256: str | None = None) -> Export:

@@ -15,12 +15,13 @@ from pydantic import ValidationError
 
 from actors.controller import Progress, TrainResult, train
 from actors.worker_pool import WorkerPool
-from policies.bundle import Bundle, Golden, write_bundle
-from policies.errors import ConfigError, GateRefused, IntegrityError, NotFound
+from policies.bundle import Bundle, Golden, read_bundle, write_bundle
+from policies.errors import ConfigError, GateRefused, IntegrityError, NotFound, SignatureRefused
 from policies.integrity import canonical_json, parse_json, sha256_hex, write_atomic
 from policies.policy import Policy
 from policies.registry import Registry, RegistryState, register_version, set_champion
 from policies.storage import Storage
+from policies.trust import SigningKey
 from policies.verdicts import GateReport, Verdict, require_passing
 from training.checkpoint import load_checkpoint, load_golden, load_policy
 from training.config import TrainingConfig
@@ -34,7 +35,7 @@ from training.metrics import read_metrics
 from training.network import outputs_as_trained
 from training.runs import RESULT, RunConfig, newest_run, open_run, read_config
 from trimtab.learning_curves import read_curve
-from trimtab.loop_file import LoopConfig
+from trimtab.loop_file import LoopConfig, registry_of
 
 GATE_REPORT = "gates.json"
 GOLDEN_INPUTS = "golden_inputs.npz"
@@ -130,14 +131,14 @@ def evaluate_run(loop: LoopConfig, storage: Storage, run_id: str, *, episodes: i
 
 def evaluate_version(loop: LoopConfig, storage: Storage, version: int, *, episodes: int, seed: int) -> Evaluation:
     """Run episodes with a registered version, in the mode in which it is served."""
-    bundle = Registry(storage.registry(loop.name)).bundle(version)
+    bundle = registry_of(loop, storage).bundle(version)
     with _evaluation_pool(loop, bundle.policy) as pool:
         return pool.evaluate(EvaluationRequest(bundle.policy, episodes, seed, bundle.manifest["serving_mode"]))[0]
 
 
 def diff_versions(loop: LoopConfig, storage: Storage, first: int, second: int, *, episodes: int) -> Disagreement:
     """Run episodes with two versions from the same initial states, and find where they would act differently."""
-    registry = Registry(storage.registry(loop.name))
+    registry = registry_of(loop, storage)
     bundles = [registry.bundle(version) for version in (first, second)]
     if bundles[0].policy.spaces.to_json() != bundles[1].policy.spaces.to_json():
         raise ConfigError(f"versions {first} and {second} take or give different things; their decisions cannot be compared")
@@ -160,7 +161,7 @@ def diff_versions(loop: LoopConfig, storage: Storage, first: int, second: int, *
 def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | None = None) -> GateReport:
     """Judge the run's best policy so far, compare it with the champion (or `against`), and keep the report in the run."""
     policy, _ = load_policy(storage.run(run_id))
-    registry = Registry(storage.registry(loop.name))
+    registry = registry_of(loop, storage)
     version = against if against is not None else registry.state().champion
     incumbent, known_scenarios = _incumbent(registry, version) if version is not None else (None, ())
     context = GateContext(
@@ -176,11 +177,15 @@ def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | 
     return report
 
 
-def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gates: str | None = None) -> Published:
+def publish_run(
+    loop: LoopConfig, storage: Storage, run_id: str, *, override_gates: str | None = None, key: SigningKey | None = None
+) -> Published:
     """Pack the run's best policy with its gate report and register it; the first passing version becomes champion.
 
-    Raises `GateRefused` when the report is missing, of another policy, or not passing (without a break-glass reason).
+    Raises `GateRefused` when the report is missing, of another policy, or not passing (without a break-glass reason), and
+    `SignatureRefused` when the loop file requires a signature and there is no key to sign with.
     """
+    require_key(loop, key)
     run = storage.run(run_id)
     policy, metadata = load_policy(run)
     report_path = run / GATE_REPORT
@@ -188,16 +193,27 @@ def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gat
         raise GateRefused(f"run {run_id} has no gate report; run `trimtab gate --run {run_id}` first")
     report = GateReport.from_json(parse_json(report_path.read_bytes(), str(report_path)))
     require_passing(report, policy.sha256(), override=override_gates, what=f"run {run_id} not published")
-    registry = Registry(storage.registry(loop.name))
+    registry = registry_of(loop, storage)
     _require_current(report, loop, registry.state(), run_id)
     origin = _origin(loop_of_run(loop, storage, run_id), run_id, metadata)
     version = _passing_version(registry.state(), policy) or _register(
         loop, registry, run, policy, report, origin=origin, override_gates=override_gates
     )
     state = registry.state()
+    if key is not None:  # after it has its number, which is signed with it; before it can become champion
+        bundle = read_bundle(registry.bundles / state.version(version).digest)
+        key.sign_version(bundle, policy=loop.name, version=version)
     if state.champion is None and state.version(version).gate_verdict is Verdict.PASS:
         state = registry.append(lambda state: set_champion(state, version, "first version"), now=time.time())
     return Published(version, registry.bundle(version), state.champion == version)
+
+
+def require_key(loop: LoopConfig, key: SigningKey | None) -> None:
+    """Raise `SignatureRefused` when the loop file requires signatures and nothing is there to make one."""
+    if loop.serving.require_signature and key is None:
+        raise SignatureRefused(
+            f"{loop.name} is only published signed (serving.require_signature): name a key with --key (`trimtab keys new`)"
+        )
 
 
 def _passing_version(state: RegistryState, policy: Policy) -> int | None:

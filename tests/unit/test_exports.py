@@ -101,6 +101,7 @@ def test_a_network_of_the_users_own_is_exported(tmp_path: Path, monkeypatch: pyt
         write_export(bundle, format, tmp_path / format)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_network_that_no_format_can_say_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TRUSTED_VARIABLE, DATA_DEPENDENT)
     spaces = vector_spaces(5, 3)

@@ -17,6 +17,7 @@ from trimtab.command import (
     AddressOption,
     Context,
     JsonOption,
+    KeyOption,
     LoopFile,
     OverrideOption,
     RunOption,
@@ -24,6 +25,7 @@ from trimtab.command import (
     StorageOption,
     console,
     escape,
+    load_key,
     open_context,
     output,
     say,
@@ -218,6 +220,7 @@ def publish(
     storage: StorageOption = None,
     run: RunOption = None,
     override_gates: OverrideOption = None,
+    key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Pack a gated run as a bundle and register it as the next version; the first passing one becomes champion."""
@@ -225,7 +228,7 @@ def publish(
 
     context = open_context(loop_file, sets, storage)
     run_id = find_run(context.storage, run)
-    published = publish_run(context.loop, context.storage, run_id, override_gates=override_gates)
+    published = publish_run(context.loop, context.storage, run_id, override_gates=override_gates, key=load_key(context, key))
     document = {
         "policy": context.loop.name,
         "version": published.version,
@@ -234,6 +237,7 @@ def publish(
         "gate_verdict": str(published.bundle.gate_report.verdict),
         "override_gates": override_gates,
         "is_champion": published.is_champion,
+        "signed_with": key,
     }
     role = "champion" if published.is_champion else f"deliver it with `trimtab release start --version {published.version}`"
     output(as_json, document, f"published version {published.version}, bundle {published.bundle.digest[:12]}; {role}")
