@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import torch
 
+from policies import exports
 from policies.bundle import Bundle, Golden, write_bundle
 from policies.errors import ConfigError, IntegrityError, NotFound
 from policies.exports import ARTIFACTS, DESCRIPTION, Export, load_export, write_export
@@ -253,6 +254,13 @@ def test_a_missing_package_is_said_with_its_remedy(tmp_path: Path, monkeypatch: 
             with pytest.raises(ConfigError, match=rf"need the package {package}: pip install 'trimtab\[export\]'"):
                 write_export(bundle, "onnx", tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_an_export_for_one_batch_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundle_for(tmp_path / "bundles")
+    monkeypatch.setattr(exports, "_dynamic_batch", lambda inputs: None)
+    with pytest.raises(IntegrityError, match=r"policy\.pt2 cannot answer its golden vectors"):
+        write_export(bundle, "pt2", tmp_path / "export")
 
 
 def test_an_export_is_never_written_over(written: Export, tmp_path: Path) -> None:
