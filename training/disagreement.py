@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from scipy.cluster.vq import kmeans2
+from scipy.special import stdtrit
 
 from policies.policy import Policy
 from training.evaluation import Evaluation
@@ -129,5 +129,5 @@ def _difference(second_E: np.ndarray, first_E: np.ndarray, confidence: float) ->
     if variance == 0:
         return Interval(mean, mean, mean)
     degrees = variance**2 / sum(part**2 / (len(values_E) - 1) for part, values_E in zip(parts, (second_E, first_E)))
-    half = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * variance**0.5
+    half = float(stdtrit(degrees, 0.5 + confidence / 2)) * variance**0.5
     return Interval(mean, mean - half, mean + half)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit  # what `scipy.stats.t.ppf` calls; importing that takes every command most of a second
+from scipy.special import betaincinv, stdtrit  # what `scipy.stats` calls; importing that takes every command most of a second
 
 from policies.verdicts import Verdict
 
@@ -46,8 +46,8 @@ def mean_interval(values_E: np.ndarray, confidence: float) -> Interval:
 def share_interval(num_hits: int, num_trials: int, confidence: float) -> Interval:
     """Return Clopper and Pearson's exact interval of a probability: it covers at least as often as it says."""
     tail = (1 - confidence) / 2
-    low = float(stats.beta.ppf(tail, num_hits, num_trials - num_hits + 1)) if num_hits > 0 else 0.0
-    high = float(stats.beta.ppf(1 - tail, num_hits + 1, num_trials - num_hits)) if num_hits < num_trials else 1.0
+    low = float(betaincinv(num_hits, num_trials - num_hits + 1, tail)) if num_hits > 0 else 0.0
+    high = float(betaincinv(num_hits + 1, num_trials - num_hits, 1 - tail)) if num_hits < num_trials else 1.0
     return Interval(num_hits / num_trials, low, high)
 
 
