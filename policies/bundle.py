@@ -138,7 +138,7 @@ def read_bundle(path: Path, *, expected_digest: str | None = None) -> Bundle:
         raise IntegrityError(f"{path / MANIFEST}: key {error} is missing") from error
     except SpaceUnsupported as error:
         raise IntegrityError(f"{path / MANIFEST}: the network does not fit the spaces: {error}") from error
-    golden = _decode_golden(_read_bounded(path / "golden.npz"), str(path / "golden.npz"))
+    golden = decode_golden(_read_bounded(path / "golden.npz"), str(path / "golden.npz"))
     check_golden(policy, golden)
     return Bundle(digest, path, policy, golden, gate_report, manifest)
 
@@ -151,13 +151,16 @@ def check_golden(policy: Policy, golden: Golden) -> None:
     found = [None if array is None else array.shape for array in vars(golden).values()]
     if found != expected or num_rows < MIN_GOLDEN:
         raise IntegrityError(f"golden vectors have shapes {found}, expected {expected} with at least {MIN_GOLDEN} rows")
-    distributions_NP = policy.distributions(golden.observations_ND, golden.masks_NA)
+    require_golden(policy.distributions(golden.observations_ND, golden.masks_NA), golden.distributions_NP, "policy")
+
+
+def require_golden(distributions_NP: np.ndarray, golden_NP: np.ndarray, what: str) -> None:
+    """Raise `IntegrityError` unless a runtime's distributions are the golden ones; `what` names the runtime."""
     # Of probabilities this is the plain difference; a mean or a deviation may be any size.
-    size_NP = np.maximum(1, np.abs(golden.distributions_NP))
-    error = (np.abs(distributions_NP - golden.distributions_NP) / size_NP).max()
+    error = (np.abs(distributions_NP - golden_NP) / np.maximum(1, np.abs(golden_NP))).max()
     if not error <= GOLDEN_TOLERANCE:  # NaN fails too
         raise IntegrityError(
-            f"policy differs from its golden vectors by {error:.3g} (limit {GOLDEN_TOLERANCE:g}): it acts otherwise than trained"
+            f"{what} differs from its golden vectors by {error:.3g} (limit {GOLDEN_TOLERANCE:g}): it acts otherwise than trained"
         )
 
 
@@ -244,7 +247,8 @@ def _encode_golden(golden: Golden) -> bytes:
     return buffer.getvalue()
 
 
-def _decode_golden(data: bytes, source: str) -> Golden:
+def decode_golden(data: bytes, source: str) -> Golden:
+    """Read golden vectors from the bytes of `golden.npz`; raises `IntegrityError` for any other bytes."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_FILE_BYTES["golden.npz"]:

@@ -8,7 +8,7 @@ import contextlib
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from policies.registry_state import (
     apply,
 )
 from policies.registry_store import BUNDLES, DirectoryStore, ObjectStore, RegistryStore
+from policies.trust import SigningKey, TrustStore, require_made_for, signature_path
 
 __all__ = [
     "Registry",
@@ -57,9 +58,11 @@ class Registry:
     """The registry of one policy. Reading is incremental: a poll without news asks for one file that is not there.
 
     `bundles` is the local directory that bundles are written to and read from. For a registry elsewhere it is a cache.
+    With a trust store, only versions come out whose signature counts: see `policies.trust`.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, trust: TrustStore | None = None) -> None:
+        self._policy, self._trust = root.name, trust
         self.store = _store(root)
         self._is_directory = isinstance(self.store, DirectoryStore)
         self.bundles = (self.store.root if isinstance(self.store, DirectoryStore) else root) / BUNDLES
@@ -92,29 +95,65 @@ class Registry:
         self.store.put_bundle(bundle.path)
         return self.append(lambda state: register_version(state, bundle), now=now)
 
+    @property
+    def requires_signatures(self) -> bool:
+        return self._trust is not None
+
     def bundle(self, version: int) -> Bundle:
-        """Read and verify the bundle of a version."""
-        return self.bundle_of(self.state().version(version).digest)
+        """Read and verify the bundle of a version, after its signature where signatures are required."""
+        digest = self.state().version(version).digest
+        if self._trust is None:
+            return self.bundle_of(digest)
+        path = self._local(digest)
+        if not self._is_directory:  # always the one in force: a version may be signed again
+            self._fetch_signature(digest, path)
+        signed = self._trust.verify(path, now=time.time())
+        bundle = read_bundle(path, expected_digest=digest)
+        require_made_for(signed, bundle, policy=self._policy, version=version)
+        return bundle
+
+    def sign(self, version: int, key: SigningKey) -> Path:
+        """Sign a version as what it is, instead of the signature it may have; return where the signature is here."""
+        bundle = self.bundle_of(self.state().version(version).digest)
+        path = key.sign_version(bundle, policy=self._policy, version=version)
+        self.store.replace(f"{BUNDLES}/{path.name}", path.read_bytes())
+        return path
 
     def bundle_of(self, digest: str) -> Bundle:
         """Read and verify a bundle by its digest; one that is elsewhere is copied here first."""
+        return read_bundle(self._local(digest), expected_digest=digest)
+
+    @contextlib.contextmanager
+    def kept_bundle(self, digest: str) -> Iterator[Path]:
+        """Give the directory of a bundle as the registry keeps it, whatever copy is here: unverified, its signature beside it."""
+        if self._is_directory:
+            yield self.bundles / digest
+            return
+        with tempfile.TemporaryDirectory() as parent:
+            path = Path(parent) / digest
+            self.store.fetch_bundle(digest, path)
+            self._fetch_signature(digest, path)
+            yield path
+
+    def remove_bundle(self, name: str) -> None:
+        """Remove a bundle and its signature from the registry, and the copies of them that are here."""
+        self.store.remove_bundle(name)
+        for path in (self.bundles / name, signature_path(self.bundles / name)):
+            remove(path)
+
+    def _local(self, digest: str) -> Path:
         path = self.bundles / digest
         if not path.exists():
             self._fetch(digest)
-        return read_bundle(path, expected_digest=digest)
+        return path
 
-    def stored_bundle(self, digest: str) -> Bundle:
-        """Read and verify a bundle as it is kept in the registry, whatever copy of it is here."""
-        if self._is_directory:
-            return read_bundle(self.bundles / digest, expected_digest=digest)
-        with tempfile.TemporaryDirectory() as parent:
-            self.store.fetch_bundle(digest, Path(parent) / digest)
-            return read_bundle(Path(parent) / digest, expected_digest=digest)
-
-    def remove_bundle(self, name: str) -> None:
-        """Remove a bundle from the registry, and the copy of it that is here."""
-        self.store.remove_bundle(name)
-        remove(self.bundles / name)
+    def _fetch_signature(self, digest: str, path: Path) -> None:
+        beside = signature_path(path)
+        data = self.store.read(f"{BUNDLES}/{signature_path(Path(digest)).name}")
+        if data is None:
+            remove(beside)
+        else:
+            write_atomic(beside, data)
 
     def _fetch(self, digest: str) -> None:
         make_directory(self.bundles)

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from policies.errors import ReleaseRefused
 from policies.registry import Registry
 from policies.registry_entries import collect_version
 from policies.registry_state import RegistryState
 from policies.registry_store import BUNDLES
+from policies.trust import signature_path
 
 DAY_S = 86_400.0
 
@@ -43,8 +45,10 @@ def find_garbage(state: RegistryState, ages_s: dict[str, float], *, keep_s: floa
 
 
 def bundle_ages_s(registry: Registry) -> dict[str, float]:
-    """Return all that is among a registry's bundles, with the seconds since it was put there."""
-    return {name: registry.store.bundle_age_s(name) for name in registry.store.names(BUNDLES)}
+    """Return all that is among a registry's bundles but their signatures, with the seconds since it was put there."""
+    names = registry.store.names(BUNDLES)
+    signatures = {signature_path(Path(name)).name for name in names}
+    return {name: registry.store.bundle_age_s(name) for name in names if name not in signatures}
 
 
 def collect(registry: Registry, garbage: list[Garbage], *, now: float) -> list[Garbage]:

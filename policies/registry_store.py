@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from policies.errors import IntegrityError, NotFound, StorageError
-from policies.integrity import commit_directory, create_if_absent, make_directory, remove, temporary_directory
+from policies.integrity import commit_directory, create_if_absent, make_directory, remove, temporary_directory, write_atomic
 from policies.policy import MAX_PARAMETERS
+from policies.trust import signature_path
 
 BUNDLES = "bundles"
 MAX_ENTRY_BYTES = 1 << 20  # an entry has a few hundred bytes; nobody's file makes readers run out of memory
@@ -32,6 +33,9 @@ class RegistryStore(Protocol):
     def create(self, name: str, data: bytes) -> None:
         """Create a file with its whole content or raise `FileExistsError`, whoever else tries at the same time."""
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file, instead of the one that may be there: signatures, which are no part of the journal."""
+
     def names(self, folder: str) -> list[str]:
         """Return the names directly below a folder, sorted; none when it does not exist."""
 
@@ -45,7 +49,7 @@ class RegistryStore(Protocol):
         """Return how long ago a bundle was put here."""
 
     def remove_bundle(self, name: str) -> None:
-        """Remove a bundle: it disappears at once for readers, also when the removal is interrupted."""
+        """Remove a bundle and its signature: it disappears at once for readers, also when the removal is interrupted."""
 
 
 class DirectoryStore:
@@ -68,6 +72,9 @@ class DirectoryStore:
         path = self.root / name
         make_directory(path.parent)
         create_if_absent(path, data)
+
+    def replace(self, name: str, data: bytes) -> None:
+        write_atomic(self.root / name, data)
 
     def names(self, folder: str) -> list[str]:
         try:
@@ -97,6 +104,7 @@ class DirectoryStore:
         doomed = path.with_name(f".tmp-removed-{secrets.token_hex(8)}")
         path.rename(doomed)
         remove(doomed)
+        remove(signature_path(path))
 
 
 class ObjectStore:
@@ -147,6 +155,10 @@ class ObjectStore:
         with self._errors("create", name):
             self._filesystem.pipe_file(self._path(name), data, mode="create")
 
+    def replace(self, name: str, data: bytes) -> None:
+        with self._errors("write", name):
+            self._filesystem.pipe_file(self._path(name), data)
+
     def names(self, folder: str) -> list[str]:
         start = len(self._path(folder)) + 1
         with self._errors("list", folder):
@@ -183,6 +195,9 @@ class ObjectStore:
         with self._errors("remove", f"{BUNDLES}/{name}"):
             for entry in sorted(self._ls(f"{BUNDLES}/{name}"), key=lambda entry: _base(entry) != MANIFEST):
                 self._filesystem.rm_file(entry["name"])
+            signature = self._path(f"{BUNDLES}/{signature_path(Path(name)).name}")
+            if self._filesystem.exists(signature):
+                self._filesystem.rm_file(signature)
 
     def _ls(self, folder: str) -> list[dict[str, Any]]:
         try:

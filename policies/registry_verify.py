@@ -1,13 +1,17 @@
 """Is every byte of a registry what it was when it was written: the journal's chain and files, and all bundles?"""
 
 import re
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from policies.errors import IntegrityError, NotFound, TrimtabError
+from policies.bundle import read_bundle
+from policies.errors import IntegrityError, NotFound, SignatureRefused, TrimtabError
 from policies.journal import FOLDER, Entry, Tail, read_all
 from policies.registry import Registry
 from policies.registry_state import RegistryState, Version, fold
 from policies.registry_store import BUNDLES
+from policies.trust import TrustStore, signature_path
 
 DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 
@@ -22,8 +26,11 @@ class Verification:
     remarks: tuple[str, ...]
 
 
-def verify(registry: Registry) -> Verification:
-    """Read every entry and every bundle of a registry where they are kept, and say what is wrong."""
+def verify(registry: Registry, trust: TrustStore) -> Verification:
+    """Read every entry and every bundle of a registry where they are kept, and say what is wrong.
+
+    A signature that does not count, by the keys in `trust`, is a problem where the registry requires signatures, else a remark.
+    """
     problems: list[str] = []
     remarks: list[str] = []
     state = RegistryState()
@@ -38,13 +45,14 @@ def verify(registry: Registry) -> Verification:
         _check_files(files, entries, tail, problems, remarks)
     names = registry.store.names(BUNDLES)
     digests = [name for name in names if DIGEST_PATTERN.fullmatch(name)]
-    for name in sorted(set(names) - set(digests)):
+    signatures = [signature_path(Path(digest)).name for digest in digests]
+    for name in sorted(set(names) - set(digests) - set(signatures)):
         remarks.append(f"{BUNDLES}/{name} is no bundle: a writer was killed; `registry gc` removes it")
     by_digest: dict[str, list[Version]] = {}
     for version in state.versions.values():
         by_digest.setdefault(version.digest, []).append(version)
     for digest in digests:
-        _check_bundle(registry, digest, by_digest.get(digest, []), problems, remarks)
+        _check_bundle(registry, trust, digest, by_digest.get(digest, []), problems, remarks)
         if entries and digest not in by_digest:
             remarks.append(f"bundle {digest} was never registered")
     for version in state.versions.values():
@@ -74,14 +82,20 @@ def _check_files(files: list[str], entries: list[Entry], tail: Tail, problems: l
         )
 
 
-def _check_bundle(registry: Registry, digest: str, versions: list[Version], problems: list[str], remarks: list[str]) -> None:
+def _check_bundle(
+    registry: Registry, trust: TrustStore, digest: str, versions: list[Version], problems: list[str], remarks: list[str]
+) -> None:
+    is_live = any(version.collected_at is None for version in versions)
     try:
-        bundle = registry.stored_bundle(digest)
+        with registry.kept_bundle(digest) as path:
+            bundle = read_bundle(path, expected_digest=digest)
+            if signature_path(path).exists() or (registry.requires_signatures and is_live):
+                _check_signature(path, trust, problems if registry.requires_signatures else remarks)
     except NotFound:
-        if all(version.collected_at is not None for version in versions):
-            remarks.append(f"bundle {digest} is not whole: it is being written or removed, or who did it was killed")
-        else:
+        if is_live:
             problems.append(f"bundle {digest} has no manifest")
+        else:
+            remarks.append(f"bundle {digest} is not whole: it is being written or removed, or who did it was killed")
         return
     except TrimtabError as error:
         problems.append(f"bundle {digest}: {error}")
@@ -91,3 +105,10 @@ def _check_bundle(registry: Registry, digest: str, versions: list[Version], prob
         found = (bundle.policy.sha256(), bundle.gate_report.verdict, bundle.manifest["override_gates"])
         if said != found:
             problems.append(f"version {version.number}: its entry says {said}, its bundle {found}")
+
+
+def _check_signature(path: Path, trust: TrustStore, findings: list[str]) -> None:
+    try:
+        trust.verify(path, now=time.time())
+    except SignatureRefused as error:
+        findings.append(f"bundle {path.name}: {error}")

@@ -8,6 +8,7 @@ from typing import Any
 from policies.registry import Registry
 from policies.storage import existing_storage
 from policies.telemetry import ReplicaReport
+from policies.trust import TrustStore
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
@@ -33,7 +34,8 @@ class PolicyReplica:
         self._decisions = SegmentWriter(storage.decisions(policy), "decisions", self.name)
         self._feedback = SegmentWriter(storage.feedback(policy), "feedback", self.name)
         self._counters = Counters()
-        self._variants = VariantStore(Registry(storage.registry(policy)))
+        trust = TrustStore(storage.trust) if settings.require_signature else None
+        self._variants = VariantStore(Registry(storage.registry(policy), trust=trust))
         self._variants.refresh(now=time.monotonic())
         self._monitor = MonitorLink(policy)
         self._background: list[asyncio.Task[None]] = []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.bundle import FILES, MANIFEST, Golden, _decode_golden, _decode_safetensors, check_golden, read_bundle
+from policies.bundle import FILES, MANIFEST, Golden, _decode_safetensors, check_golden, decode_golden, read_bundle
 from policies.errors import GateRefused, IntegrityError
 from policies.integrity import canonical_json, parse_json, sha256_hex
 from policies.policy import Policy
@@ -139,7 +139,7 @@ def _declaring(shape: tuple[int, ...]) -> bytes:
 )
 def test_golden_vectors_that_nobody_wrote_are_refused(data: bytes) -> None:
     with pytest.raises(IntegrityError, match=r"golden\.npz cannot be read"):
-        _decode_golden(data, "golden.npz")
+        decode_golden(data, "golden.npz")
 
 
 def test_a_single_number_is_no_golden_vector() -> None:

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from policies.errors import ConfigError, IntegrityError, NotFound, StorageError
+from policies.errors import ConfigError, IntegrityError, NotFound, SignatureRefused, StorageError
 from policies.journal import entry_name
 from policies.registry import Registry, locate_registry, register_version, set_champion
 from policies.registry_entries import set_alias
 from policies.registry_store import DirectoryStore, ObjectStore, RegistryStore
 from policies.registry_verify import verify
+from policies.storage import open_storage
+from policies.trust import SigningKey, TrustStore, create_key
 from tests.bundles import make_bundle, make_policy, make_registry
 from tests.journal_checker import find_faults
 from tests.registry_writers import run_writers
 from tests.s3_server import s3_server
 
+NO_KEYS = TrustStore(Path("no-such-directory"))
 FILES = ["gates.json", "golden.npz", "manifest.json", "policy.safetensors"]
 
 
@@ -114,9 +117,32 @@ def test_half_a_bundle_in_a_bucket_is_a_remark_until_a_version_needs_it(bucket: 
     registry = _registry_at(f"{bucket}/{tmp_path.name}", tmp_path / "here")
     bundle = make_bundle(registry.bundles, make_policy())
     _put(f"{bucket}/{tmp_path.name}/bundles/{bundle.digest}/gates.json", b"{}")
-    assert [remark.split(" is not whole")[0] for remark in verify(registry).remarks] == [f"bundle {bundle.digest}"]
+    assert [remark.split(" is not whole")[0] for remark in verify(registry, NO_KEYS).remarks] == [f"bundle {bundle.digest}"]
     registry.append(lambda state: register_version(state, bundle), now=1.0)  # as nobody should: without the bytes
-    assert verify(registry).problems == (f"bundle {bundle.digest} has no manifest",)
+    assert verify(registry, NO_KEYS).problems == (f"bundle {bundle.digest} has no manifest",)
+
+
+def test_a_signature_counts_on_every_machine_until_it_is_replaced_or_gone(place: str, tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "keys")
+    trust, keys = TrustStore(storage.trust), []
+    for name in ("alice", "bob"):
+        trust.trust(create_key(storage, name)[1].read_bytes(), name=name, expires_at=None, now=1.0)
+        keys.append(SigningKey.load(storage, name, now=2.0))
+    here = _registry_at(place, tmp_path / "p/here")
+    here.register(make_bundle(here.bundles, make_policy()), now=1.0)
+    locate_registry(tmp_path / "q/here", place)  # the same policy: the last part of a root is its name
+    there = Registry(tmp_path / "q/here", trust=trust)
+    with pytest.raises(SignatureRefused, match="has no signature"):
+        there.bundle(1)
+    here.sign(1, keys[0])
+    assert there.bundle(1).digest == here.bundle(1).digest
+    trust.revoke("alice", reason="left", now=3.0)
+    with pytest.raises(SignatureRefused, match="was revoked: left"):
+        there.bundle(1)
+    here.sign(1, keys[1])
+    assert there.bundle(1) and verify(there, trust).problems == ()
+    here.remove_bundle(here.state().version(1).digest)
+    assert here.store.names("bundles") == []
 
 
 def test_writers_in_several_roots_share_one_journal(place: str, tmp_path: Path) -> None:
@@ -137,14 +163,14 @@ def test_a_changed_byte_in_the_bucket_is_found_before_the_copy_gets_its_name(buc
     here, there = _registry_at(place, tmp_path / "here"), _registry_at(place, tmp_path / "there")
     bundle = make_bundle(here.bundles, make_policy())
     here.register(bundle, now=1.0)
-    assert verify(here).problems == ()
+    assert verify(here, NO_KEYS).problems == ()
     data = (bundle.path / "policy.safetensors").read_bytes()
     _put(f"{place}/bundles/{bundle.digest}/policy.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(IntegrityError, match=r"policy\.safetensors: sha256 is"):
         there.bundle(1)
     assert list(there.bundles.iterdir()) == []
     assert here.bundle(1).digest == bundle.digest  # the control: the copy of the publisher is whole
-    assert len(verify(here).problems) == 1  # but it is the bucket that is verified
+    assert len(verify(here, NO_KEYS).problems) == 1  # but it is the bucket that is verified
 
 
 def test_a_torn_entry_in_a_bucket_is_stood_in_for(bucket: str, tmp_path: Path) -> None:

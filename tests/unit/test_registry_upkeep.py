@@ -13,13 +13,16 @@ from policies.registry import Registry, change_release, start_release
 from policies.registry_entries import collect_version, set_alias
 from policies.registry_gc import DAY_S, Garbage, bundle_ages_s, collect, find_garbage
 from policies.registry_verify import verify
+from policies.storage import open_storage
+from policies.trust import SigningKey, TrustStore, create_key, signature_path
 from tests.bundles import make_bundle, make_policy, make_registry
 
 OLD = 400 * DAY_S
+NO_KEYS = TrustStore(Path("no-such-directory"))
 
 
 def test_a_whole_registry_has_no_problem(tmp_path: Path) -> None:
-    found = verify(make_registry(tmp_path, num_versions=2))
+    found = verify(make_registry(tmp_path, num_versions=2), NO_KEYS)
     assert (found.num_entries, found.num_bundles, found.problems, found.remarks) == (3, 2, (), ())
 
 
@@ -34,9 +37,9 @@ def test_one_changed_byte_anywhere_is_found(tmp_path: Path) -> None:
         for position in {0, len(original) - 1, *rng.integers(len(original), size=40).tolist()}:
             flipped = original[position] ^ (1 << int(rng.integers(8)))
             path.write_bytes(original[:position] + bytes([flipped]) + original[position + 1 :])
-            assert verify(Registry(tmp_path)).problems, (path, position)
+            assert verify(Registry(tmp_path), NO_KEYS).problems, (path, position)
         path.write_bytes(original)
-    assert verify(registry).problems == ()  # the control
+    assert verify(registry, NO_KEYS).problems == ()  # the control
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "gates.json", "golden.npz", "policy.safetensors"])
@@ -45,10 +48,10 @@ def test_a_missing_or_additional_file_of_a_bundle_is_found(tmp_path: Path, name:
     path = registry.bundles / registry.state().version(1).digest
     data = (path / name).read_bytes()
     (path / name).unlink()
-    assert len(verify(registry).problems) == 1
+    assert len(verify(registry, NO_KEYS).problems) == 1
     (path / name).write_bytes(data)
     (path / "more.txt").write_text("x")
-    assert len(verify(registry).problems) == 1
+    assert len(verify(registry, NO_KEYS).problems) == 1
 
 
 def test_a_missing_bundle_is_a_problem_and_an_unknown_one_a_remark(tmp_path: Path) -> None:
@@ -57,7 +60,7 @@ def test_a_missing_bundle_is_a_problem_and_an_unknown_one_a_remark(tmp_path: Pat
     shutil.rmtree(registry.bundles / digest)
     extra = make_bundle(registry.bundles, make_policy(77))
     (registry.bundles / ".tmp-abc").mkdir()
-    found = verify(registry)
+    found = verify(registry, NO_KEYS)
     assert found.problems == (f"version 2: its bundle {digest} is missing",)
     assert found.remarks == (
         "bundles/.tmp-abc is no bundle: a writer was killed; `registry gc` removes it",
@@ -69,9 +72,9 @@ def test_a_torn_end_is_a_problem_until_another_entry_stands_in_for_it(tmp_path: 
     registry = make_registry(tmp_path)
     (tmp_path / entry_name(3)).write_bytes(b"")
     (tmp_path / entry_name(3, 1)).write_bytes(b"{")
-    assert [text.split(" is torn")[0] for text in verify(registry).problems] == [entry_name(3), entry_name(3, 1)]
+    assert [text.split(" is torn")[0] for text in verify(registry, NO_KEYS).problems] == [entry_name(3), entry_name(3, 1)]
     registry.append(lambda state: set_alias(state, "eu", 1, "test"), now=200.0)
-    found = verify(registry)
+    found = verify(registry, NO_KEYS)
     assert found.problems == () and len(found.remarks) == 2
     assert all("retry-2.json stands in for it" in remark for remark in found.remarks)
 
@@ -81,7 +84,7 @@ def test_files_that_are_no_entries_are_found(tmp_path: Path) -> None:
     registry = make_registry(tmp_path)
     for name in (entry_name(2, 1), entry_name(4), "journal/notes.txt"):
         create_if_absent(tmp_path / name, (tmp_path / entry_name(2)).read_bytes())
-    assert sorted(verify(registry).problems) == [
+    assert sorted(verify(registry, NO_KEYS).problems) == [
         f"{name} is no entry of the chain" for name in sorted((entry_name(2, 1), entry_name(4), "journal/notes.txt"))
     ]
 
@@ -92,8 +95,45 @@ def test_an_exchanged_bundle_is_found_although_it_is_whole(tmp_path: Path) -> No
     bundle = make_bundle(registry.bundles, make_policy(5))
     entry = {"kind": "register", "version": 2, "digest": bundle.digest, "policy_sha256": "0" * 64, "gate_verdict": "pass"}
     registry.append(lambda state: {**entry, "override_gates": None}, now=150.0)
-    (problem,) = verify(registry).problems
+    (problem,) = verify(registry, NO_KEYS).problems
     assert problem.startswith("version 2: its entry says ('0000")
+
+
+def _key(root: Path) -> tuple[SigningKey, TrustStore]:
+    storage = open_storage(root)
+    trust = TrustStore(storage.trust)
+    trust.trust(create_key(storage, "alice")[1].read_bytes(), name="alice", expires_at=None, now=1.0)
+    return SigningKey.load(storage, "alice", now=2.0), trust
+
+
+@pytest.mark.parametrize("is_required", [False, True])
+def test_a_signature_that_does_not_count_is_a_problem_where_signatures_are_required(tmp_path: Path, is_required: bool) -> None:
+    """Version 1 is signed, version 2 is not; without the key in the trust store neither counts."""
+    make_registry(tmp_path / "r", num_versions=2)
+    key, trust = _key(tmp_path / "storage")
+    registry = Registry(tmp_path / "r", trust=trust if is_required else None)
+    signature = registry.sign(1, key)
+    assert signature == signature_path(registry.bundles / registry.state().version(1).digest)
+    digests = [version.digest for version in registry.state().versions.values()]
+    for keys, refused in [(trust, {digests[1]}), (NO_KEYS, set(digests))]:
+        found = verify(registry, keys)
+        if is_required:
+            assert {problem.split(":")[0].removeprefix("bundle ") for problem in found.problems} == refused
+        else:
+            assert (found.problems, len(found.remarks)) == ((), int(keys is NO_KEYS))
+    data = signature.read_bytes()
+    signature.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    changed = verify(registry, trust)
+    assert any(digests[0] in finding for finding in (changed.problems if is_required else changed.remarks))
+
+
+def test_a_signature_goes_with_its_bundle(tmp_path: Path) -> None:
+    registry = _registry(tmp_path / "r")
+    signature = registry.sign(6, _key(tmp_path / "storage")[0])
+    garbage = find_garbage(registry.state(), bundle_ages_s(registry), keep_s=30 * DAY_S, now=OLD)
+    assert sorted(item.versions for item in garbage) == [(1,), (6,)]
+    collect(registry, garbage, now=OLD)
+    assert not signature.exists() and len(list(registry.bundles.iterdir())) == 4
 
 
 def _promote(registry: Registry, candidate: int, now: float) -> None:
@@ -139,7 +179,7 @@ def test_collecting_leaves_a_registry_that_verifies_and_knows_what_went(tmp_path
     assert gone == garbage and len(gone) == 3
     state = registry.state()
     assert [number for number, version in state.versions.items() if version.collected_at == OLD] == [1, 6]
-    found = verify(registry)
+    found = verify(registry, NO_KEYS)
     assert (found.problems, found.remarks, found.num_bundles) == ((), (), 4)
     with pytest.raises(NotFound, match="there is no bundle"):
         registry.bundle(6)
@@ -161,4 +201,4 @@ def test_an_interrupted_removal_is_finished_by_the_next(tmp_path: Path) -> None:
     garbage = find_garbage(registry.state(), bundle_ages_s(registry), keep_s=10_000 * DAY_S, now=OLD)
     assert [item.name for item in garbage] == [digest]
     collect(registry, garbage, now=OLD)
-    assert digest not in bundle_ages_s(registry) and verify(registry).problems == ()
+    assert digest not in bundle_ages_s(registry) and verify(registry, NO_KEYS).problems == ()

@@ -23,6 +23,7 @@ from policies.registry_gc import DAY_S, bundle_ages_s, collect, find_garbage
 from policies.registry_state import MIN_DIGEST_PREFIX, RegistryState, Version, crowning, fold, until
 from policies.registry_store import BUNDLES
 from policies.registry_verify import verify as verify_registry
+from policies.trust import TrustStore
 from trimtab.command import (
     DEFAULT_LOOP_FILE,
     DONE,
@@ -128,7 +129,8 @@ def diff(
 
 def verify(loop_file: LoopFile = DEFAULT_LOOP_FILE, storage: StorageOption = None, as_json: JsonOption = False) -> int:
     """Check the journal's chain and every byte of every bundle, golden vectors included; exit code 1 when anything is wrong."""
-    found = verify_registry(_registry(loop_file, storage))
+    context = open_context(loop_file, None, storage)
+    found = verify_registry(context.registry(), TrustStore(context.storage.trust))
     summary = (
         f"{found.num_entries} entries, {found.num_bundles} bundles: {len(found.problems)} problems, {len(found.remarks)} remarks"
     )
