@@ -15,6 +15,7 @@ from policies.registry_store import DirectoryStore, ObjectStore, RegistryStore
 from policies.registry_verify import verify
 from policies.storage import open_storage
 from policies.trust import SigningKey, TrustStore, create_key
+from serve_app.variants import VariantStore
 from tests.bundles import make_bundle, make_policy, make_registry
 from tests.journal_checker import find_faults
 from tests.registry_writers import run_writers
@@ -195,6 +196,23 @@ def test_a_removed_bundle_is_gone_for_readers(place: str, tmp_path: Path) -> Non
     with pytest.raises(NotFound, match="there is no bundle"):
         other.bundle(1)
     assert other.bundle(2).digest == bundles[1].digest
+
+
+def test_a_replica_serves_from_a_bucket_and_goes_on_while_it_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    (tmp_path / "s3").mkdir()
+    with s3_server(tmp_path / "s3"):
+        publisher = _registry_at("s3://registry/team/p", tmp_path / "a/p")
+        publisher.register(make_bundle(publisher.bundles, make_policy()), now=1.0)
+        publisher.append(lambda state: set_champion(state, 1, "first version"), now=2.0)
+        replica = VariantStore(_registry_at("s3://registry/team/p", tmp_path / "b/p"))
+        replica.refresh(now=0.0)
+        assert replica.registry_error is None
+        snapshot = replica.snapshot
+        assert snapshot is not None and snapshot.champion.version == 1
+    replica.refresh(now=1.0)
+    assert "cannot read journal/00000003.json" in replica.registry_error
+    assert replica.snapshot is snapshot
 
 
 class _IgnoresCondition(ObjectStore):
