@@ -26,6 +26,7 @@ class Evaluation:
     lengths_E: np.ndarray  # int64
     obs_ND: np.ndarray | None  # float32, what the environment showed, without added noise
     actions_N: np.ndarray | None  # [N, …], the environment's own actions
+    rewards_N: np.ndarray | None  # float32
     masks_NA: np.ndarray | None  # bool, where the environment gives action masks
     episode_N: np.ndarray | None  # int64, row of the episode
 
@@ -97,6 +98,7 @@ def join(chunks: list[Evaluation]) -> Evaluation:
         lengths_E=np.concatenate([chunk.lengths_E for chunk in chunks]),
         obs_ND=_joined([chunk.obs_ND for chunk in chunks]),
         actions_N=_joined([chunk.actions_N for chunk in chunks]),
+        rewards_N=_joined([chunk.rewards_N for chunk in chunks]),
         masks_NA=_joined([chunk.masks_NA for chunk in chunks]),
         episode_N=np.concatenate(episodes) if episodes else None,
     )
@@ -128,12 +130,13 @@ def _run_chunk(
         step = environment.step(actions_B)
         if keep_steps:
             kept_mask = None if mask_BA is None else mask_BA[running_B]
-            kept.append((obs_BD[running_B], actions_B[running_B], kept_mask, np.flatnonzero(running_B)))
+            rewards = step.rewards_B[running_B]
+            kept.append((obs_BD[running_B], actions_B[running_B], rewards, kept_mask, np.flatnonzero(running_B)))
         returns_B[running_B] += step.rewards_B[running_B]
         lengths_B += running_B
         running_B &= ~(step.terminateds_B | step.truncateds_B)
         if not running_B.any():
-            steps = [_joined(list(part)) for part in zip(*kept)] if keep_steps else [None] * 4
+            steps = [_joined(list(part)) for part in zip(*kept)] if keep_steps else [None] * 5
             return Evaluation(returns_B, lengths_B, *steps)
     raise EnvironmentFailed(
         f"environment {environment.config.id!r} did not end {running_B.sum()} of {chunk.num_episodes} episodes within "

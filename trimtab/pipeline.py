@@ -15,10 +15,12 @@ from pydantic import ValidationError
 
 from actors.controller import Progress, TrainResult, train
 from actors.worker_pool import WorkerPool
-from policies.bundle import Bundle, Golden, write_bundle
+from policies.bundle import Bundle, write_bundle
 from policies.errors import ConfigError, GateRefused, IntegrityError, NotFound
+from policies.golden import Golden
 from policies.integrity import canonical_json, parse_json, sha256_hex, write_atomic
 from policies.policy import Policy
+from policies.reference import Reference, choose_steps, decode_reference, encode_reference
 from policies.registry import Registry, RegistryState, register_version, set_champion
 from policies.storage import Storage
 from policies.verdicts import GateReport, Verdict, require_passing
@@ -26,14 +28,17 @@ from training.checkpoint import load_checkpoint, load_golden, load_policy
 from training.config import TrainingConfig
 from training.environment import read_spaces
 from training.evaluation import Evaluation
+from training.event_file import first_and_last_time
 from training.gates import Incumbent, run_gates
 from training.golden import golden_inputs
+from training.metrics import TENSORBOARD
 from training.network import outputs_as_trained
 from training.runs import RESULT, RunConfig, newest_run, open_run, read_config
 from trimtab.loop_file import LoopConfig
 
 GATE_REPORT = "gates.json"
 GOLDEN_INPUTS = "golden_inputs.npz"
+REFERENCE = "reference.parquet"
 
 
 @dataclass(frozen=True)
@@ -147,10 +152,19 @@ def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | 
             conditions_sha256=_conditions_sha256(loop),
             now=time.time(),
         )
-    run = storage.run(run_id)
-    np.savez(run / GOLDEN_INPUTS, **_golden_inputs(policy, episodes, loop.gates.seed))
-    write_atomic(run / GATE_REPORT, canonical_json(report.to_json()))
+    keep_judged(storage.run(run_id), policy, report, episodes, seed=loop.gates.seed)
     return report
+
+
+def keep_judged(run: Path, policy: Policy, report: GateReport, episodes: Evaluation, *, seed: int) -> None:
+    """Write down in a run what a bundle needs of its gates: observations for golden vectors, the reference, the report.
+
+    The report is last: where it is, the others are.
+    """
+    np.savez(run / GOLDEN_INPUTS, **_golden_inputs(policy, episodes, seed))
+    reference = choose_steps(episodes.obs_ND, episodes.actions_N, episodes.rewards_N, episodes.episode_N, seed=seed)
+    write_atomic(run / REFERENCE, encode_reference(reference, policy.spaces))
+    write_atomic(run / GATE_REPORT, canonical_json(report.to_json()))
 
 
 def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gates: str | None = None) -> Published:
@@ -167,7 +181,8 @@ def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gat
     require_passing(report, policy.sha256(), override=override_gates, what=f"run {run_id} not published")
     registry = Registry(storage.registry(loop.name))
     _require_current(report, loop, registry.state(), run_id)
-    origin = _origin(loop_of_run(loop, storage, run_id), run_id, metadata)
+    parents = _parents(registry.state(), report, metadata)
+    origin = _origin(loop_of_run(loop, storage, run_id), run, metadata, parents)
     version = _passing_version(registry.state(), policy) or _register(
         loop, registry, run, policy, report, origin=origin, override_gates=override_gates
     )
@@ -204,6 +219,9 @@ def _register(
         mode=loop.serving.mode,
         origin=origin,
         created_at=now,
+        reference=_reference(run, policy),
+        observation_names=loop.environment.observation_names,
+        observation_units=loop.environment.observation_units,
     )
     state = registry.append(lambda state: register_version(state, bundle), now=now)
     return max(number for number, entry in state.versions.items() if entry.digest == bundle.digest)
@@ -222,7 +240,7 @@ def _require_current(report: GateReport, loop: LoopConfig, state: RegistryState,
 
 def _conditions_sha256(loop: LoopConfig) -> str:
     conditions = {
-        "environment": loop.environment.model_dump(mode="json"),
+        "environment": loop.environment.model_dump(mode="json", exclude={"observation_names", "observation_units"}),
         "gates": loop.gates.model_dump(mode="json"),
         "min_return": _min_return(loop),
         "mode": loop.serving.mode,
@@ -266,12 +284,33 @@ def _golden(run: Path, policy: Policy) -> Golden:
     return Golden(obs_ND, policy.distribution.parameters(outputs_as_trained(policy, obs_ND), masks_NA), masks_NA)
 
 
-def _origin(loop: LoopConfig, run_id: str, metadata: dict[str, Any]) -> dict[str, Any]:
+def _reference(run: Path, policy: Policy) -> Reference:
+    if not (run / REFERENCE).exists():
+        raise GateRefused(f"run {run.name} has no {REFERENCE}: it was judged by an earlier Trimtab; run `trimtab gate` again")
+    return decode_reference((run / REFERENCE).read_bytes(), policy.spaces, str(run / REFERENCE))
+
+
+def _parents(state: RegistryState, report: GateReport, metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the policy was compared with, and the run whose weights its own run went on from."""
+    parents: list[dict[str, Any]] = []
+    if report.incumbent_version is not None:
+        number = report.incumbent_version
+        parents.append({"kind": "incumbent", "version": number, "digest": state.version(number).digest})
+    if "adopted_from" in metadata:
+        parents.append({"kind": "run", **metadata["adopted_from"]})
+    return parents
+
+
+def _origin(loop: LoopConfig, run: Path, metadata: dict[str, Any], parents: list[dict[str, Any]]) -> dict[str, Any]:
     packages = ("trimtab", "ray", "torch", "numpy", "gymnasium")
+    first_s, last_s = first_and_last_time(run / TENSORBOARD) or (None, None)
     return {
-        "run_id": run_id,
+        "run_id": run.name,
+        "parents": parents,
         "checkpoint": metadata,
+        "data_range": {"env_steps": metadata.get("env_steps"), "from": first_s, "to": last_s},
         "loop": json.loads(loop.model_dump_json(exclude={"storage"})),
+        "seeds": {"training": loop.training.seed, "gates": loop.gates.seed},
         "code_commit": _code_commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
