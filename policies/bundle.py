@@ -22,7 +22,7 @@ from policies.distributions import Mode
 from policies.errors import ConfigError
 from policies.golden import Golden, check_golden, encode_golden, require_propensities, with_actions
 from policies.integrity import canonical_json, commit_directory, sha256_hex, temporary_directory
-from policies.manifest import describe_policy, describe_spaces
+from policies.manifest import describe
 from policies.policy import Policy
 from policies.reference import Reference, encode_reference, no_steps
 from policies.tensors import encode_tensors
@@ -71,9 +71,7 @@ def write_bundle(
             "schema_version": SCHEMA_VERSION,
             "created_at": created_at,
             "policy_sha256": policy.sha256(),
-            "spaces": describe_spaces(policy.spaces, names=observation_names, units=observation_units),
-            "network": policy.architecture.to_json(),
-            **describe_policy(policy),
+            **describe(policy, names=observation_names, units=observation_units),
             "serving_mode": mode,
             "override_gates": override_gates,
             "origin": origin,

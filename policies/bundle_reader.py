@@ -13,12 +13,14 @@ is used are the bytes that were hashed. Formats are never changed in place: `tes
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from policies.errors import IntegrityError, SpaceUnsupported, TrimtabError
+from policies.errors import IntegrityError, SpaceUnsupported
 from policies.golden import (
     MAX_GOLDEN_BYTES,
     NUM_GOLDEN,
@@ -28,7 +30,7 @@ from policies.golden import (
     require_propensities,
 )
 from policies.integrity import parse_json, sha256_hex
-from policies.manifest import describe_policy, require_labels
+from policies.manifest import require_description
 from policies.network import Architecture, tensor_shapes
 from policies.policy import MAX_PARAMETERS, Policy
 from policies.spaces import Spaces
@@ -83,24 +85,14 @@ def read_bundle(path: Path, *, expected_digest: str | None = None) -> Bundle:
     manifest = parse_json(manifest_bytes, str(path / MANIFEST))
     version = _schema_version(manifest, path / MANIFEST)
     contents = _read_files(path, names, manifest, version)
-    try:
-        policy = _policy_of(manifest, contents[TENSORS], version, str(path / TENSORS))
+    with _naming(path / MANIFEST):
+        policy = _policy_of(manifest, contents[TENSORS], str(path / TENSORS))
+        override, mode = _serving_terms(manifest)
+    with _naming(path / GATES):
         report = GateReport.from_json(parse_json(contents[GATES], str(path / GATES)))
-        override = manifest["override_gates"]
-        if override is not None and not isinstance(override, str):
-            raise IntegrityError(f"{path / MANIFEST}: override_gates is {override!s:.100}, expected a text or null")
-        if manifest["serving_mode"] not in ("greedy", "sample"):
-            raise IntegrityError(f"{path / MANIFEST}: serving_mode {manifest['serving_mode']!s:.100} is not greedy or sample")
-    except KeyError as error:
-        raise IntegrityError(f"{path / MANIFEST}: key {error} is missing") from error
-    except SpaceUnsupported as error:
-        raise IntegrityError(f"{path / MANIFEST}: the network does not fit the spaces: {error}") from error
-    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:  # of values that nobody wrote
-        raise IntegrityError(
-            f"{path / MANIFEST} or {GATES} holds values of another kind: {type(error).__name__} {error!s:.200}"
-        ) from error
-    require_passing(report, policy.sha256(), override=override, what=f"bundle {digest[:12]}… refused, {GATES}")
-    golden = _checked_golden(policy, contents[GOLDEN], manifest, path / GOLDEN)
+        require_passing(report, policy.sha256(), override=override, what=f"bundle {digest[:12]}… refused, {GATES}")
+    with _naming(path / GOLDEN):
+        golden = _golden_of(policy, contents[GOLDEN], version, mode, str(path / GOLDEN))
     return Bundle(digest, path, policy, golden, report, manifest)
 
 
@@ -170,27 +162,48 @@ def _open_itself(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a named pipe would wait for its writer
 
 
-def _policy_of(manifest: dict[str, Any], tensors: bytes, version: int, source: str) -> Policy:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what bytes that nobody wrote lead to into an `IntegrityError` that names their file."""
+    try:
+        yield
+    except KeyError as error:
+        raise IntegrityError(f"{path}: key {error} is missing") from error
+    except SpaceUnsupported as error:
+        raise IntegrityError(f"{path}: the network does not fit the spaces: {error}") from error
+    except IntegrityError as error:
+        if str(path.parent) in str(error):
+            raise
+        raise IntegrityError(f"{path}: {error}") from error
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise IntegrityError(f"{path} holds a value of another kind: {type(error).__name__} {error!s:.200}") from error
+
+
+def _policy_of(manifest: dict[str, Any], tensors: bytes, source: str) -> Policy:
     spaces, architecture = Spaces.from_json(manifest["spaces"]), Architecture.from_json(manifest["network"])
     policy = Policy(spaces, architecture, decode_tensors(tensors, tensor_shapes(architecture, spaces), source))
     if policy.sha256() != manifest["policy_sha256"]:
-        raise IntegrityError(f"{source}: policy_sha256 is {policy.sha256()}, manifest says {manifest['policy_sha256']!s:.100}")
-    if version > 1:
-        require_labels(manifest["spaces"], spaces)
-        for key, described in describe_policy(policy).items():
-            if manifest[key] != described:
-                raise IntegrityError(f"{MANIFEST}: {key} is {manifest[key]!s:.200}, but the network's is {described}")
+        raise IntegrityError(f"policy_sha256 is {manifest['policy_sha256']!s:.100}, but the policy's is {policy.sha256()}")
+    if manifest["schema_version"] > 1:
+        require_description(manifest, policy)
     return policy
 
 
-def _checked_golden(policy: Policy, data: bytes, manifest: dict[str, Any], path: Path) -> Golden:
-    golden = decode_golden(data, str(path))
-    if manifest["schema_version"] > 1 and (golden.actions is None or len(golden.observations_ND) < NUM_GOLDEN):
-        raise IntegrityError(f"{path}: golden vectors have no actions or fewer than {NUM_GOLDEN} rows")
-    try:
-        check_golden(policy, golden)
-        if manifest["serving_mode"] == "sample" and golden.actions is not None:
-            require_propensities(golden.actions)
-    except TrimtabError as error:
-        raise IntegrityError(f"{path}: {error}") from error
+def _serving_terms(manifest: dict[str, Any]) -> tuple[str | None, str]:
+    """Return the reason for which the gates were overruled, if they were, and the serving mode."""
+    override, mode = manifest["override_gates"], manifest["serving_mode"]
+    if override is not None and not isinstance(override, str):
+        raise IntegrityError(f"override_gates is {override!s:.100}, expected a text or null")
+    if mode not in ("greedy", "sample"):
+        raise IntegrityError(f"serving_mode {mode!s:.100} is not greedy or sample")
+    return override, mode
+
+
+def _golden_of(policy: Policy, data: bytes, version: int, mode: str, source: str) -> Golden:
+    golden = decode_golden(data, source)
+    if version > 1 and (golden.actions is None or len(golden.observations_ND) < NUM_GOLDEN):
+        raise IntegrityError(f"golden vectors have no actions, or fewer than {NUM_GOLDEN} rows")
+    check_golden(policy, golden)
+    if mode == "sample" and golden.actions is not None:
+        require_propensities(golden.actions)
     return golden

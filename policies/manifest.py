@@ -1,40 +1,48 @@
-"""What a manifest says of a policy for people and for runtimes that are not ours: how observations become a distribution."""
+"""What a manifest says of a policy, for people and for runtimes that are not ours: what goes in, what comes out, and how."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from policies.errors import IntegrityError
+from policies.integrity import canonical_json
 from policies.policy import Policy
 from policies.spaces import Choices, Spaces
 
+LABELS = ("names", "units")
 
-def describe_policy(policy: Policy) -> dict[str, Any]:
-    """Return the normaliser and the action distribution, as JSON values.
 
-    Everything follows from the network and the spaces; whoever reads a bundle compares, so that the two cannot differ.
+def describe(policy: Policy, *, names: Sequence[str] = (), units: Sequence[str] = ()) -> dict[str, Any]:
+    """Return spaces, network, normaliser and action distribution as JSON values.
+
+    `names` and `units` are those of the features, or nothing; raises `IntegrityError` for a wrong number of them.
     """
-    return {"normaliser": _normaliser(policy), "action_distribution": _action_distribution(policy)}
+    labels = {key: list(values) for key, values in zip(LABELS, (names, units)) if values}
+    _require_labels(labels, policy.spaces)
+    return {
+        "spaces": {**policy.spaces.to_json(), **labels},
+        "network": policy.architecture.to_json(),
+        "normaliser": _normaliser(policy),
+        "action_distribution": _action_distribution(policy),
+    }
 
 
-def describe_spaces(spaces: Spaces, *, names: Sequence[str] = (), units: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the spaces with the names and units of the features, where given; raises `IntegrityError` for a wrong number."""
-    described = spaces.to_json()
-    described |= {key: list(labels) for key, labels in (("names", names), ("units", units)) if labels}
-    require_labels(described, spaces)
-    return described
+def require_description(manifest: dict[str, Any], policy: Policy) -> None:
+    """Raise `IntegrityError` unless a manifest says of a policy what we say of it, so that nobody who reads it is misled."""
+    labels = {key: manifest["spaces"][key] for key in LABELS if key in manifest["spaces"]}
+    _require_labels(labels, policy.spaces)
+    for key, expected in describe(policy).items():
+        found = manifest[key]
+        if key == "spaces":
+            found = {name: value for name, value in found.items() if name not in labels}
+        if canonical_json(found) != canonical_json(expected):  # as JSON: to Python 1, 1.0 and true are equal
+            raise IntegrityError(f"{key} is {found!s:.200}, but the policy's is {expected!s:.200}")
 
 
-def require_labels(described: dict[str, Any], spaces: Spaces) -> None:
-    """Raise `IntegrityError` unless names and units are absent or there is a text for every feature."""
-    for key in ("names", "units"):
-        labels = described.get(key)
-        if labels is None:
-            continue
-        are_texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-        if not are_texts or len(labels) != spaces.num_features:
-            raise IntegrityError(
-                f"manifest.json: spaces.{key} is {labels!s:.200}, expected {spaces.num_features} texts, one per feature"
-            )
+def _require_labels(labels: dict[str, Any], spaces: Spaces) -> None:
+    for key, values in labels.items():
+        are_texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
+        if not are_texts or len(values) != spaces.num_features:
+            raise IntegrityError(f"spaces.{key} is {values!s:.200}, expected {spaces.num_features} texts, one per feature")
 
 
 def _normaliser(policy: Policy) -> dict[str, Any]:
