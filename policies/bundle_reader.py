@@ -90,9 +90,12 @@ def read_bundle(path: Path, *, expected_digest: str | None = None) -> Bundle:
         override, mode = _serving_terms(manifest)
     with _naming(path / GATES):
         report = GateReport.from_json(parse_json(contents[GATES], str(path / GATES)))
-        require_passing(report, policy.sha256(), override=override, what=f"bundle {digest[:12]}… refused, {GATES}")
-    with _naming(path / GOLDEN):
-        golden = _golden_of(policy, contents[GOLDEN], version, mode, str(path / GOLDEN))
+        require_passing(report, manifest["policy_sha256"], override=override, what=f"bundle {digest[:12]}… refused, {GATES}")
+    golden = decode_golden(contents[GOLDEN], str(path / GOLDEN))
+    try:
+        _check_golden(policy, golden, version, mode)
+    except IntegrityError as error:
+        raise IntegrityError(f"{path / GOLDEN}: {error}") from error
     return Bundle(digest, path, policy, golden, report, manifest)
 
 
@@ -199,11 +202,9 @@ def _serving_terms(manifest: dict[str, Any]) -> tuple[str | None, str]:
     return override, mode
 
 
-def _golden_of(policy: Policy, data: bytes, version: int, mode: str, source: str) -> Golden:
-    golden = decode_golden(data, source)
+def _check_golden(policy: Policy, golden: Golden, version: int, mode: str) -> None:
     if version > 1 and (golden.actions is None or len(golden.observations_ND) < NUM_GOLDEN):
         raise IntegrityError(f"golden vectors have no actions, or fewer than {NUM_GOLDEN} rows")
     check_golden(policy, golden)
     if mode == "sample" and golden.actions is not None:
         require_propensities(golden.actions)
-    return golden

@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from policies.distributions import seed_of
 from trimtab.local_policy import Action, LocalPolicy, load
 
 if TYPE_CHECKING:
     from trimtab.client import Client
 
-__all__ = ["Action", "Client", "LocalPolicy", "load"]
+__all__ = ["Action", "Client", "LocalPolicy", "load", "seed_of"]
 __version__ = "0.1.0"
 
 

@@ -33,7 +33,9 @@ class LocalPolicy:
     def act(self, observation: Any, *, seed: int | None = None, mode: Mode | None = None, action_mask: Any = None) -> Action:
         """Return an action, in the serving mode if no other one is given.
 
-        A sample is drawn from `seed` (0 to 2^53 - 1; a random one where none is given). Raises as `distribution` does.
+        A sample is drawn from `seed`, a random one where none is given. As in the decision log it is 53 random bits, used as they
+        are: numbers that you count yourself, 0, 1, 2, would all choose the first action. `trimtab.seed_of(text)` makes one of any
+        text. Raises as `distribution` does.
         """
         mode, seed = mode or self.serving_mode, secrets.randbits(53) if seed is None else seed
         if mode not in ("greedy", "sample"):

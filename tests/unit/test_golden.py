@@ -126,6 +126,18 @@ def test_a_draw_beside_a_boundary_does_not_refuse_a_correct_runtime() -> None:
     check_golden(policy, replace(golden, actions=actions))
 
 
+def test_a_stored_deviation_of_nothing_is_refused() -> None:
+    """It is within the tolerance of what the policy gives, so drawing from it has to notice, and not divide by it."""
+    narrow = Gaussian("tanh", "output", log_std_range=(-20.0, -15.0))  # deviations of at most e^-15 = 3e-7
+    policy = policy_on(Spaces(OBSERVATION, BOUNDED), Architecture((8,), gaussian=narrow))
+    golden = _complete(policy)
+    check_golden(policy, golden)  # the control
+    without_deviation_NP = golden.distributions_NP.copy()
+    without_deviation_NP[3, 2:] = 0
+    with pytest.raises(IntegrityError, match="stored distributions or actions are impossible"):
+        check_golden(policy, replace(golden, distributions_NP=without_deviation_NP))
+
+
 def test_few_observations_are_repeated_with_other_seeds() -> None:
     policy = make_policy()
     golden = golden_as_trained(policy)

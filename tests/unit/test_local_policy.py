@@ -9,7 +9,6 @@ import pytest
 
 import trimtab
 from policies.bundle import write_bundle
-from policies.distributions import seed_of
 from policies.errors import IntegrityError, RequestInvalid, ServiceUnavailable
 from policies.network import Architecture, Gaussian
 from policies.observations import Box, Categories, Group
@@ -41,7 +40,7 @@ def test_it_decides_as_the_served_policy_does(tmp_path: Path, kind: str, mode: s
     local, policy = _load(tmp_path, kind, mode)
     assert local.serving_mode == mode and local.spaces.to_json() == policy.spaces.to_json()
     for row in range(20):
-        obs_D, seed = np.float32([0.1 * (row % 10), row]), seed_of(f"decision {row}")
+        obs_D, seed = np.float32([0.1 * (row % 10), row]), trimtab.seed_of(f"decision {row}")
         parameters_P = policy.distributions(obs_D[None])[0]
         assert np.array_equal(local.distribution(obs_D), parameters_P)
         expected = policy.distribution.choose(parameters_P, mode, seed)
@@ -129,7 +128,7 @@ def _run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("version", [1])
+@pytest.mark.parametrize("version", [1, 2])
 def test_a_bundle_is_loaded_and_asked_with_nothing_but_numpy(version: int) -> None:
     (path,) = (path for path in (ROOT / "tests" / "golden" / f"bundle-v{version}").iterdir() if path.is_dir())
     answer = _run(ONLY_NUMPY + ASK, str(path))
