@@ -79,7 +79,7 @@ def with_actions(golden: Golden, distribution: Distribution) -> Golden:
     rows_N = np.arange(len(golden.observations_ND))
     rows_N = np.resize(rows_N, max(len(rows_N), NUM_GOLDEN))
     masks_NA = None if golden.masks_NA is None else golden.masks_NA[rows_N]
-    distributions_NP = golden.distributions_NP[rows_N]
+    distributions_NP = golden.distributions_NP[rows_N].astype(np.float64)  # as they are stored: it is these that are drawn from
     seeds_N = np.array([seed_of(f"golden {row}") for row in range(len(rows_N))], np.int64)
     actions = _draw(distribution, distributions_NP, seeds_N)
     return Golden(golden.observations_ND[rows_N], distributions_NP, masks_NA, actions)

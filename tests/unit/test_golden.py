@@ -55,6 +55,14 @@ def test_what_is_read_back_is_what_was_written_and_is_drawn_again(kind: str) -> 
     assert len(np.unique(again.actions.sampled_NK, axis=0)) > 1
 
 
+def test_distributions_of_float32_are_drawn_from_as_they_are_stored() -> None:
+    """Their sums in float32 end elsewhere than in float64, and so would some draws."""
+    policy = make_policy(num_actions=100)
+    golden = golden_as_trained(policy)
+    rough = replace(golden, distributions_NP=golden.distributions_NP.astype(np.float32))
+    check_golden(policy, decode_golden(encode_golden(with_actions(rough, policy.distribution)), "golden.npz"))
+
+
 def _other_uniform(seed: int) -> float:
     return 1 - (seed + 1) / (1 << 53)
 
