@@ -28,6 +28,7 @@ from policies.storage import Storage
 from training.checkpoint import load_checkpoint, read_layout
 from training.config import EnvironmentConfig, TrainingConfig
 from training.environment import check_environment, read_spaces
+from training.evaluation import EvaluationRequest
 from training.learner_state import LearnerState, UpdateReport
 from training.metrics import MetricsLog
 from training.network import Layout, Weights, layout_of
@@ -257,7 +258,8 @@ class _Loop:
 
     def _evaluate(self, update: int, weights: Weights, evaluations: Evaluations) -> Evaluations:
         seed = derived_seed(self._training.seed, Stream.EVALUATION, update)
-        rows = self._pool.evaluate(weights.policy(self._layout), num_episodes=self._training.evaluation_episodes, seed=seed)
+        request = EvaluationRequest(weights.policy(self._layout), self._training.evaluation_episodes, seed)
+        (rows,) = self._pool.evaluate(request)
         return evaluations.after_evaluation(update, rows.return_mean)
 
     def _save(self, learner: ActorHandle, run_dir: Path, best_ref: Any, evaluations: Evaluations, *, elapsed_s: float) -> Saved:

@@ -33,7 +33,7 @@ from policies.storage import Storage
 from training.checkpoint import load_checkpoint, read_layout, save_checkpoint
 from training.config import EnvironmentConfig, TrainingConfig
 from training.environment import check_environment, read_spaces
-from training.evaluation import evaluate
+from training.evaluation import EvaluationRequest, evaluate
 from training.golden import golden_inputs, to_tensors
 from training.metrics import MetricsLog
 from training.network import parameters_sha256
@@ -199,13 +199,9 @@ class _Loop:
     def _evaluate(self, algorithm: Algorithm) -> None:
         """Run episodes with the greedy policy as it would be served, and keep it when it is the best so far."""
         run = self._run
-        episodes = evaluate(
-            self._environment,
-            self._current_policy(algorithm),
-            num_episodes=self._training.evaluation_episodes,
-            seed=derived_seed(self._training.seed, Stream.EVALUATION, run.update),
-            keep_steps=True,
-        )
+        seed = derived_seed(self._training.seed, Stream.EVALUATION, run.update)
+        request = EvaluationRequest(self._current_policy(algorithm), self._training.evaluation_episodes, seed, keep_steps=True)
+        episodes = evaluate(self._environment, request)
         obs_ND, _ = golden_inputs(self._spaces, episodes.obs_ND, None, seed=self._training.seed)
         policy, golden = self._path.export(obs_ND)  # every time: a policy that is exported wrongly was evaluated wrongly
         run.evaluations = run.evaluations.after_evaluation(run.update, episodes.return_mean)

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.distributions import Mode
 from policies.errors import TrainingFailed
-from policies.policy import Policy
 from policies.torch_network import trust
 from training.config import EnvironmentConfig, TrainingConfig
-from training.evaluation import Chunk, Evaluation, evaluate_chunk
+from training.evaluation import Chunk, Evaluation, EvaluationRequest, evaluate_chunk
 from training.network import Weights
 from training.rollout import Rollout, Shard
 from training.threads import use_one_thread
@@ -58,13 +56,9 @@ class RolloutWorker:
         returns_E = np.concatenate([rollout.episode_returns_E for rollout in rollouts])
         return CollectReport(returns_E, time.perf_counter() - began_s), rollouts
 
-    def evaluate(
-        self, policy: Policy, chunk: Chunk, *, seed: int, mode: Mode, noise_std_D: np.ndarray | None, keep_steps: bool
-    ) -> Evaluation:
+    def evaluate(self, request: EvaluationRequest, index: int, num_episodes: int) -> Evaluation:
         """Run one chunk of evaluation episodes on environments of its own."""
-        return evaluate_chunk(
-            self._environment, policy, chunk, seed=seed, mode=mode, noise_std_D=noise_std_D, keep_steps=keep_steps
-        )
+        return evaluate_chunk(self._environment, Chunk(request, index, num_episodes))
 
     def _make_shards(self, update: int, attempt: int) -> None:
         old, self._shards = self._shards, []  # forgotten first: one that cannot be closed must not stop every later attempt

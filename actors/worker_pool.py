@@ -12,11 +12,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from actors.rollout_worker import CollectReport, RolloutWorker
-from policies.distributions import Mode
 from policies.errors import ClusterError, EnvironmentFailed, TrainingFailed, TrimtabError
-from policies.policy import Policy
 from training.config import EnvironmentConfig, TrainingConfig
-from training.evaluation import Evaluation, chunks_of, join
+from training.evaluation import Evaluation, EvaluationRequest, join
 
 START_TIMEOUT_S = 120.0  # a worker starts in under a second here; a busy cluster may have to start a machine's first process
 EVALUATION_TIMEOUT_S = 600.0  # one chunk of whole episodes, behind fragments that were asked for before
@@ -107,41 +105,34 @@ class WorkerPool:
             tasks.clear()
         self._fresh.update(range(len(self._workers)))
 
-    def evaluate(
-        self,
-        policy: Policy,
-        *,
-        num_episodes: int,
-        seed: int,
-        mode: Mode = "greedy",
-        noise_std_D: np.ndarray | None = None,
-        keep_steps: bool = False,
-    ) -> Evaluation:
-        """Do what `training.evaluation.evaluate` does, its chunks spread over the workers; the rows are the same."""
-        chunks = chunks_of(num_episodes)
-        policy_reference = ray.put(policy)
-        options = {"seed": seed, "mode": mode, "noise_std_D": noise_std_D, "keep_steps": keep_steps}
+    def evaluate(self, *requests: EvaluationRequest) -> list[Evaluation]:
+        """Do what `training.evaluation.evaluate` does for each request, all their chunks spread over the workers at once.
 
-        def submit(index: int) -> tuple[ActorHandle, Any]:
-            worker = self._workers[index % len(self._workers)]
-            return worker, worker.evaluate.remote(policy_reference, chunks[index], **options)
+        The rows are the same.
+        """
+        chunks = [(ray.put(request), chunk) for request in requests for chunk in request.chunks]
 
-        submitted = [submit(index) for index in range(len(chunks))]
+        def submit(place: int) -> tuple[ActorHandle, Any]:
+            worker, (request, chunk) = self._workers[place % len(self._workers)], chunks[place]
+            return worker, worker.evaluate.remote(request, chunk.index, chunk.num_episodes)
+
+        submitted = [submit(place) for place in range(len(chunks))]
         parts = []
-        for index, (worker, reference) in enumerate(submitted):
+        for place, (worker, reference) in enumerate(submitted):
             for attempt in range(1, MAX_ATTEMPTS + 1):
                 try:
                     parts.append(ray.get(reference, timeout=EVALUATION_TIMEOUT_S))
                     break
                 except FAILURES as error:
-                    place = index % len(self._workers)
+                    index = place % len(self._workers)
                     # A worker has several chunks; the first that fails replaces it, the others only go to its successor.
-                    is_dead = worker is self._workers[place] and not isinstance(error, EnvironmentFailed)
-                    self._recover(place, error, attempt, restart_fragments=is_dead)
-                    worker, reference = submit(index)
+                    is_dead = worker is self._workers[index] and not isinstance(error, EnvironmentFailed)
+                    self._recover(index, error, attempt, restart_fragments=is_dead)
+                    worker, reference = submit(place)
                 except TrimtabError as error:
                     raise without_ray(error) from None
-        return join(parts)
+        ends = np.cumsum([len(request.chunks) for request in requests])
+        return [join(parts[end - len(request.chunks) : end]) for request, end in zip(requests, ends)]
 
     def __enter__(self) -> Self:
         try:

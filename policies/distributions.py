@@ -43,14 +43,14 @@ class Categorical:
         self.action = action
         self.num_parameters = sum(action.nvec)
         ends = np.cumsum(action.nvec).tolist()
-        self._parts = [slice(end - n, end) for end, n in zip(ends, action.nvec)]
+        self.parts = [slice(end - n, end) for end, n in zip(ends, action.nvec)]
         self._is_single = action.kind == "discrete"
 
     def parameters(self, outputs_BO: np.ndarray, mask_BA: np.ndarray | None) -> np.ndarray:
         z_BA = outputs_BO.astype(np.float64)
         if mask_BA is not None:
             z_BA[~mask_BA] = -np.inf
-        for part in self._parts:
+        for part in self.parts:
             z = z_BA[:, part]
             z -= z.max(axis=1, keepdims=True)
             np.exp(z, out=z)
@@ -61,18 +61,18 @@ class Categorical:
         if self._is_single:  # the usual case on the request path
             index, propensity = _choose_one(parameters_P, mode, uniform(seed))
             return index + self.action.starts[0], propensity
-        draws_K = np.random.Generator(np.random.Philox(seed)).random(len(self._parts)).tolist() if mode == "sample" else None
-        chosen = [_choose_one(parameters_P[part], mode, draws_K[k] if draws_K else 0.0) for k, part in enumerate(self._parts)]
+        draws_K = np.random.Generator(np.random.Philox(seed)).random(len(self.parts)).tolist() if mode == "sample" else None
+        chosen = [_choose_one(parameters_P[part], mode, draws_K[k] if draws_K else 0.0) for k, part in enumerate(self.parts)]
         return self.action.to_answer(np.array([index for index, _ in chosen])), math.prod(p for _, p in chosen)
 
     def propensity(self, action: Any, parameters_P: np.ndarray, mode: Mode) -> float:
         if self._is_single:
             return _propensity_of_one(action - self.action.starts[0], parameters_P, mode)
         index_K = np.asarray(action).reshape(-1) - np.array(self.action.starts)
-        return math.prod(_propensity_of_one(int(i), parameters_P[part], mode) for i, part in zip(index_K, self._parts))
+        return math.prod(_propensity_of_one(int(i), parameters_P[part], mode) for i, part in zip(index_K, self.parts))
 
     def choose_rows(self, parameters_BP: np.ndarray, mode: Mode, rng: np.random.Generator) -> np.ndarray:
-        index_BK = np.stack([_choose_column(parameters_BP[:, part], mode, rng) for part in self._parts], axis=1)
+        index_BK = np.stack([_choose_column(parameters_BP[:, part], mode, rng) for part in self.parts], axis=1)
         return self.action.to_environment(index_BK)
 
 

@@ -9,6 +9,7 @@
     │   └── NotFound               run, version, checkpoint or decision that does not exist
     ├── IntegrityError             bytes are not what their hash, schema or golden vectors say
     ├── RegistryConflict           another writer was faster, or the order of entries is impossible
+    ├── SignatureRefused           no valid signature by a key that is trusted now: exit code 1
     ├── GateRefused                a version without a passing gate report was asked for: exit code 1
     ├── ReleaseRefused             a release operation that the current state does not allow: exit code 1
     ├── TrainingFailed             the run ended without reaching what it was asked for
@@ -59,6 +60,10 @@ class IntegrityError(TrimtabError):
 
 class RegistryConflict(TrimtabError):
     """A journal entry cannot follow the ones before it, or another writer was faster too often."""
+
+
+class SignatureRefused(TrimtabError):
+    """Something is not signed, wrongly signed, or signed with a key that is unknown, expired or revoked; it is not used."""
 
 
 class GateRefused(TrimtabError):

@@ -229,6 +229,14 @@ def to_images(x_ND: np.ndarray, spaces: Spaces) -> np.ndarray:
     return x_ND.reshape(*x_ND.shape[:-1], *image_shape(spaces))
 
 
+def from_images(images: np.ndarray, spaces: Spaces) -> np.ndarray:
+    """Return images [N, H, W, C] as rows of features: the way back from `to_images`."""
+    assert isinstance(spaces.observation, Box)
+    if is_channels_first(spaces.observation.low.shape):
+        images = np.moveaxis(images, -1, -3)
+    return images.reshape(len(images), -1)
+
+
 def windows(images: np.ndarray, convolution: Convolution) -> np.ndarray:
     """Return the window under each step of a convolution, [K, N * H' * W', kernel * kernel * C], of images [K, N, H, W, C]."""
     side, stride = convolution.kernel, convolution.stride

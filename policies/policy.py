@@ -71,7 +71,7 @@ class Policy:
         flat[:num_rows] = obs_BD
         normalised(flat[:num_rows], self.tensors, self.architecture)
         if self.architecture.module:
-            outputs_KRO = np.stack([self._module.outputs_and_values(x_RD)[0] for x_RD in x_KRD])
+            outputs_KRO = np.stack([self.module_network.outputs_and_values(x_RD)[0] for x_RD in x_KRD])
         else:
             x_KRF = np.concatenate([self._inner_features(x_RD) for x_RD in x_KRD]) if self._convolutions else x_KRD
             outputs_KRO = perceptron(self._layers, self.architecture.activation, x_KRF)  # one product of fixed shape per block
@@ -90,7 +90,7 @@ class Policy:
         return self.distribution.parameters(self.outputs(obs_BD), mask_BA)
 
     @cached_property
-    def _module(self) -> ModuleNetwork:
+    def module_network(self) -> ModuleNetwork:
         """The user's own network, built when it is asked for the first time: that imports torch."""
         tensors = {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in self.tensors.items()}
         outputs = num_outputs(self.architecture, self.spaces)

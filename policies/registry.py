@@ -7,6 +7,7 @@ edited quietly. Champion, release and traffic plan are never stored: they are wh
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from policies.bundle import Bundle, read_bundle
 from policies.errors import GateRefused, IntegrityError, NotFound, RegistryConflict, ReleaseRefused
 from policies.integrity import canonical_json, create_if_absent, parse_json, sha256_hex
 from policies.traffic import TrafficPlan, champion_only, with_canary
+from policies.trust import TrustStore, require_made_for
 from policies.verdicts import Verdict
 
 SCHEMA_VERSION = 1
@@ -280,9 +282,13 @@ def _author() -> str:
 
 
 class Registry:
-    """The registry of one policy in a directory. Reading is incremental: a poll without news costs one `stat`."""
+    """The registry of one policy in a directory. Reading is incremental: a poll without news costs one `stat`.
 
-    def __init__(self, root: Path) -> None:
+    With a trust store, only bundles come out whose signature counts: see `policies.trust`.
+    """
+
+    def __init__(self, root: Path, *, trust: TrustStore | None = None) -> None:
+        self._policy, self._trust = root.name, trust
         self.bundles = root / "bundles"
         self._journal = root / "journal"
         self._state = RegistryState()
@@ -324,9 +330,14 @@ class Registry:
         raise RegistryConflict(f"lost {MAX_APPEND_TRIES} races for the next journal entry in {self._journal}")
 
     def bundle(self, version: int) -> Bundle:
-        """Read and verify the bundle of a version."""
+        """Read and verify the bundle of a version, after its signature where signatures are required."""
         digest = self.state().version(version).digest
-        return read_bundle(self.bundles / digest, expected_digest=digest)
+        path = self.bundles / digest
+        signed = self._trust.verify(path, now=time.time()) if self._trust else None
+        bundle = read_bundle(path, expected_digest=digest)
+        if signed is not None:
+            require_made_for(signed, bundle, policy=self._policy, version=version)
+        return bundle
 
     def _path(self, number: int) -> Path:
         return self._journal / f"{number:08d}.json"

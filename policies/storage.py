@@ -50,6 +50,14 @@ class Storage:
     def decision_secret_file(self) -> Path:
         return self.root / "secrets" / "decision_secret"
 
+    def private_key_file(self, name: str) -> Path:
+        return self.root / "secrets" / "keys" / f"{name}.pem"
+
+    @property
+    def trust(self) -> Path:
+        """Which public keys signatures may be made with; see `policies.trust`."""
+        return self.root / "trust"
+
     @property
     def session_file(self) -> Path:
         """Where a running `up` or `serve` says which process and which address it is."""

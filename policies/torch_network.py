@@ -12,6 +12,7 @@ torch is imported when a network is built, not with this module.
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,9 +123,22 @@ class ModuleNetwork:
             outputs_NO, values_N = self.forward(x_ND)
         return outputs_NO.numpy(), values_N.numpy()
 
+    def outputs_gradient(self, x_ND: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+        """Return outputs [N, O], and what turns a gradient by them into the one by the normalised observations [N, D]."""
+        inputs_ND = self._torch.from_numpy(np.array(x_ND)).requires_grad_()
+        outputs_NO, _ = self._answer(inputs_ND)
+
+        def gradient_of(d_outputs_NO: np.ndarray) -> np.ndarray:
+            return self._torch.autograd.grad(outputs_NO, inputs_ND, self._torch.from_numpy(d_outputs_NO))[0].numpy()
+
+        return outputs_NO.detach().numpy(), gradient_of
+
     def forward(self, x_ND: np.ndarray) -> Any:
         """Return outputs and values as tensors that know where they came from."""
-        answer = self.network(self._torch.from_numpy(np.ascontiguousarray(x_ND)))
+        return self._answer(self._torch.from_numpy(np.ascontiguousarray(x_ND)))
+
+    def _answer(self, inputs_ND: Any) -> Any:
+        answer = self.network(inputs_ND)
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise ConfigError(f"network {type(self.network).__name__} must return (outputs, values), not {type(answer).__name__}")
         return answer

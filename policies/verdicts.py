@@ -1,19 +1,30 @@
 """What a gate says of a policy: pass, fail or inconclusive, with the numbers and the reason."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from policies.errors import GateRefused, IntegrityError
 
-SCHEMA_VERSION = 1
-REQUIRED_GATES = ("performance", "robustness", "safety")
+SCHEMA_VERSION = 2
+REQUIRED_GATES_BY_SCHEMA = {
+    1: ("performance", "robustness", "safety"),
+    2: ("performance", "safety", "robustness", "edge_cases", "budget"),
+}
+REQUIRED_GATES = REQUIRED_GATES_BY_SCHEMA[SCHEMA_VERSION]
 
 
 class Verdict(StrEnum):
     INCONCLUSIVE = "inconclusive"
     PASS = "pass"
     FAIL = "fail"
+
+
+def worst_of(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the verdict of several together: one that fails makes them fail, an inconclusive one keeps them from passing."""
+    verdicts = set(verdicts)
+    return next((v for v in (Verdict.FAIL, Verdict.INCONCLUSIVE) if v in verdicts), Verdict.PASS)
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,18 @@ class GateResult:
     verdict: Verdict
     reason: str
     numbers: dict[str, Any]
+
+
+def judged(gate: str, rules: list[tuple[Verdict, str]], numbers: dict[str, Any], *, remedy: str = "") -> GateResult:
+    """Return the verdict of a gate's rules together, with the texts of those that made it what it is.
+
+    `remedy` says how an inconclusive gate gets to a verdict.
+    """
+    verdict = worst_of(rule_verdict for rule_verdict, _ in rules)
+    reason = "; ".join(text for rule_verdict, text in rules if rule_verdict is verdict)
+    if verdict is Verdict.INCONCLUSIVE and remedy:
+        reason += f"; {remedy}"
+    return GateResult(gate, verdict, reason, numbers)
 
 
 @dataclass(frozen=True)
@@ -38,27 +61,32 @@ class GateReport:
     created_at: float
     incumbent_version: int | None
     results: tuple[GateResult, ...]
+    schema_version: int = SCHEMA_VERSION
 
     @property
     def verdict(self) -> Verdict:
-        """Missing evidence first: a required gate that did not run makes the whole inconclusive, never a pass."""
-        verdicts = {result.gate: result.verdict for result in self.results}
-        if Verdict.FAIL in verdicts.values():
-            return Verdict.FAIL
-        if any(verdicts.get(gate) is None for gate in REQUIRED_GATES) or Verdict.INCONCLUSIVE in verdicts.values():
-            return Verdict.INCONCLUSIVE
-        return Verdict.PASS
+        """Missing evidence never passes: a required gate that did not run makes the whole inconclusive at best."""
+        return worst_of([result.verdict for result in self.results] + [Verdict.INCONCLUSIVE for _ in self.missing])
+
+    @property
+    def missing(self) -> list[str]:
+        """The required gates that did not run."""
+        ran = {result.gate for result in self.results}
+        return [gate for gate in REQUIRED_GATES_BY_SCHEMA[self.schema_version] if gate not in ran]
+
+    def result(self, gate: str) -> GateResult | None:
+        return next((result for result in self.results if result.gate == gate), None)
 
     @property
     def reason(self) -> str:
         """The reasons of the gates that did not pass, or how many did."""
         parts = [f"{r.gate} {r.verdict}: {r.reason}" for r in self.results if r.verdict is not Verdict.PASS]
-        parts += [f"{gate} did not run" for gate in REQUIRED_GATES if gate not in {r.gate for r in self.results}]
+        parts += [f"{gate} did not run" for gate in self.missing]
         return "; ".join(parts) or f"all {len(self.results)} gates pass"
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": self.schema_version,
             "policy_sha256": self.policy_sha256,
             "conditions_sha256": self.conditions_sha256,
             "created_at": self.created_at,
@@ -73,13 +101,17 @@ class GateReport:
     def from_json(cls, value: dict[str, Any]) -> "GateReport":
         """Read a report; raises `IntegrityError` when it is malformed or its summary contradicts its parts."""
         try:
-            if value["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"schema version {value['schema_version']}, this Trimtab reads {SCHEMA_VERSION}")
+            schema_version = value["schema_version"]
+            if type(schema_version) is not int or schema_version not in REQUIRED_GATES_BY_SCHEMA:
+                readable = ", ".join(map(str, REQUIRED_GATES_BY_SCHEMA))
+                raise ValueError(f"schema version {schema_version}, this Trimtab reads {readable}")
             results = tuple(
                 GateResult(r["gate"], Verdict(r["verdict"]), r["reason"], dict(r["numbers"])) for r in value["results"]
             )
             created_at, incumbent_version = float(value["created_at"]), value["incumbent_version"]
-            report = cls(value["policy_sha256"], value["conditions_sha256"], created_at, incumbent_version, results)
+            report = cls(
+                value["policy_sha256"], value["conditions_sha256"], created_at, incumbent_version, results, schema_version
+            )
             if str(report.verdict) != value["verdict"]:
                 raise ValueError(f"says {value['verdict']!r} but its gates make {str(report.verdict)!r}")
             return report

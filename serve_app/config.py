@@ -14,9 +14,13 @@ class ServingConfig(BaseModel):
         "127.0.0.1", description="address to listen on; 0.0.0.0 for every interface, needed when the cluster has more nodes"
     )
     port: int = Field(8000, ge=1, le=65_535, description="HTTP port of the endpoint")
+    direct_lane: bool = Field(True, description="each replica answers on a port of its own too, without Serve's proxy in between")
     num_replicas: int = Field(1, ge=1, description="more: more decisions per second, each replica holds every live version")
     num_cpus_per_replica: float = Field(0.5, ge=0, description="more: Ray packs fewer replicas onto a node")
     mode: Literal["greedy", "sample"] = Field("greedy", description="how versions published from this file act; sample: explores")
+    require_signature: bool = Field(
+        False, description="true: only versions signed with a trusted key are published, released and served (docs/security.md)"
+    )
     max_batch_size: int = Field(256, ge=1, description="bigger: more throughput under load, the last of a batch waits longer")
     max_queue: int = Field(1024, ge=1, description="bigger: bursts wait instead of being answered 429")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="bigger: larger requests are read before they are refused with 413")

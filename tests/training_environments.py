@@ -51,6 +51,33 @@ class Paired(Constant):
         return np.ones(2, np.float32), 1
 
 
+class Signs(gymnasium.Env):
+    """Shows -1 or 1 with equal chance, as often as the other; action 1 is right for 1. Reward 1 for each of 10 right answers.
+
+    Its feature has the spread 1. With `always` given it shows only that; `options={"always": x}` at reset does the same.
+    """
+
+    def __init__(self, always: float | None = None) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.action_space = spaces.Discrete(2)
+        self._default = always
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._always = (options or {}).get("always", self._default)
+        self._num_steps, self._first = 0, self.np_random.choice((-1.0, 1.0))
+        return self._observation(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        is_right = (self._observation()[0] > 0) == bool(action)
+        self._num_steps += 1
+        return self._observation(), float(is_right), self._num_steps == 10, False, {}
+
+    def _observation(self) -> np.ndarray:
+        shown = self._first * (-1) ** self._num_steps if self._always is None else self._always
+        return np.array([shown], np.float32)
+
+
 class StaysOpen(Constant):
     """Cannot be closed."""
 
@@ -429,6 +456,7 @@ gymnasium.register("Constant-v0", Constant)
 gymnasium.register("Counter-v0", Counter)
 gymnasium.register("StaysOpen-v0", StaysOpen)
 gymnasium.register("Paired-v0", Paired)
+gymnasium.register("Signs-v0", Signs)
 gymnasium.register("Faulty-v0", Faulty)
 gymnasium.register("Sentence-v0", Sentence)
 gymnasium.register("Unruly-v0", Unruly)

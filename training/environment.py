@@ -43,21 +43,23 @@ class VectorEnvironment:
     and SAME_STEP are both understood. Raises `ConfigError`, `SpaceUnsupported` or `EnvironmentFailed`.
     """
 
-    def __init__(self, config: EnvironmentConfig, num_envs: int, *, seed: int) -> None:
+    def __init__(
+        self, config: EnvironmentConfig, num_envs: int, *, seed: int, reset_options: dict[str, Any] | None = None
+    ) -> None:
         self.config = config
         self.num_envs = num_envs
         self._env = make_vector(config, num_envs)
         try:
-            self._begin(seed)
+            self._begin(seed, reset_options)
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, seed: int) -> None:
+    def _begin(self, seed: int, reset_options: dict[str, Any] | None) -> None:
         """Reset, and see what the environment is like."""
         num_envs = self.num_envs
         try:
-            observations, infos = self._env.reset(seed=seed)
+            observations, infos = self._env.reset(seed=seed, options=reset_options)
         except Exception as error:
             raise failed(self.config, "reset", error) from error
         self.spaces = Spaces.from_gymnasium(

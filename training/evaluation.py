@@ -3,7 +3,8 @@
 E episode, N step of any episode, B environment, D feature, A choices of an action mask.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,123 +13,124 @@ from policies.errors import EnvironmentFailed
 from policies.policy import Policy
 from training.config import EnvironmentConfig
 from training.environment import VectorEnvironment
+from training.perturbations import Disturbance, Perturbation, action_change
 from training.seeds import Stream, derived_seed, generator
 
 CHUNK_EPISODES = 64  # episodes that run side by side; part of what a seed means, so it is no option
 MAX_EPISODE_STEPS = 1_000_000  # an environment that never ends an episode must not hang a gate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class EvaluationRequest:
+    """Which episodes to run. The same seed gives every policy the same initial states, so rows can be paired.
+
+    Episodes are run in chunks; `first_chunk` goes on where an earlier request ended. `environment` and `reset_options` take the
+    place of the loop's own (a scenario). `perturbation` is what happens to the observations on their way to the policy.
+    """
+
+    policy: Policy
+    num_episodes: int
+    seed: int
+    mode: Mode = "greedy"
+    first_chunk: int = 0
+    perturbation: Perturbation | None = None
+    environment: EnvironmentConfig | None = None
+    reset_options: dict[str, Any] | None = None
+    keep_steps: bool = False
+
+    @property
+    def chunks(self) -> list["Chunk"]:
+        """Cut into parts that can run anywhere, in any order."""
+        starts = range(0, self.num_episodes, CHUNK_EPISODES)
+        return [
+            Chunk(self, self.first_chunk + index, min(CHUNK_EPISODES, self.num_episodes - start))
+            for index, start in enumerate(starts)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Episodes that run side by side, one per environment."""
+
+    request: EvaluationRequest
+    index: int
+    num_episodes: int
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One row per episode. The steps of all episodes, in the order they were made, are None when they were not asked for."""
+    """One row per episode. The steps of all episodes, in the order they were made, are None when they were not asked for.
+
+    `action_change_E` is how much a perturbation changed the greedy action, on average over the episode's steps (see
+    `training.perturbations.action_change`); None without one.
+    """
 
     returns_E: np.ndarray  # float64
     lengths_E: np.ndarray  # int64
-    obs_ND: np.ndarray | None  # float32, what the environment showed, without added noise
-    actions_N: np.ndarray | None  # [N, …], the environment's own actions
-    rewards_N: np.ndarray | None  # float32
-    masks_NA: np.ndarray | None  # bool, where the environment gives action masks
-    episode_N: np.ndarray | None  # int64, row of the episode
+    action_change_E: np.ndarray | None = None  # float64
+    obs_ND: np.ndarray | None = None  # float32, what the environment showed, before any perturbation
+    actions_N: np.ndarray | None = None  # [N, …], the environment's own actions
+    rewards_N: np.ndarray | None = None  # float32
+    masks_NA: np.ndarray | None = None  # bool, where the environment gives action masks
+    episode_N: np.ndarray | None = None  # int64, row of the episode
 
     @property
     def return_mean(self) -> float:
         return float(self.returns_E.mean())
 
 
-def evaluate(
-    environment: EnvironmentConfig,
-    policy: Policy,
-    *,
-    num_episodes: int,
-    seed: int,
-    mode: Mode = "greedy",
-    noise_std_D: np.ndarray | None = None,
-    keep_steps: bool = False,
-) -> Evaluation:
-    """Run `num_episodes` episodes; the same seed gives every policy the same initial states, so rows can be paired.
-
-    `noise_std_D` is added as Gaussian noise to what the policy sees. Raises `EnvironmentFailed`.
-    """
-    chunks = [
-        evaluate_chunk(environment, policy, chunk, seed=seed, mode=mode, noise_std_D=noise_std_D, keep_steps=keep_steps)
-        for chunk in chunks_of(num_episodes)
-    ]
-    return join(chunks)
+def evaluate(environment: EnvironmentConfig, request: EvaluationRequest) -> Evaluation:
+    """Run the episodes one chunk after the other; raises `EnvironmentFailed`."""
+    return join([evaluate_chunk(environment, chunk) for chunk in request.chunks])
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Episodes that run side by side, one per environment."""
-
-    index: int
-    num_episodes: int
-
-
-def chunks_of(num_episodes: int) -> list[Chunk]:
-    """Cut a number of episodes into chunks that can run anywhere, in any order."""
-    starts = range(0, num_episodes, CHUNK_EPISODES)
-    return [Chunk(index, min(CHUNK_EPISODES, num_episodes - start)) for index, start in enumerate(starts)]
-
-
-def evaluate_chunk(
-    environment: EnvironmentConfig,
-    policy: Policy,
-    chunk: Chunk,
-    *,
-    seed: int,
-    mode: Mode,
-    noise_std_D: np.ndarray | None,
-    keep_steps: bool,
-) -> Evaluation:
+def evaluate_chunk(environment: EnvironmentConfig, chunk: Chunk) -> Evaluation:
     """Run one episode in each of the chunk's environments; episode numbers start at 0 within the chunk."""
-    environment_seed = derived_seed(seed, Stream.EVALUATION_ENVIRONMENT, chunk.index)
-    vector_environment = VectorEnvironment(environment, chunk.num_episodes, seed=environment_seed)
+    request = chunk.request
+    seed = derived_seed(request.seed, Stream.EVALUATION_ENVIRONMENT, chunk.index)
+    vector_environment = VectorEnvironment(
+        request.environment or environment, chunk.num_episodes, seed=seed, reset_options=request.reset_options
+    )
     try:
-        return _run_chunk(vector_environment, policy, chunk, seed, mode, noise_std_D, keep_steps)
+        return _run_chunk(vector_environment, chunk)
     finally:
         vector_environment.close()
 
 
-def join(chunks: list[Evaluation]) -> Evaluation:
-    """Put chunks in their order together again."""
-    starts = np.cumsum([0] + [len(chunk.returns_E) for chunk in chunks])
-    episodes = [chunk.episode_N + start for chunk, start in zip(chunks, starts) if chunk.episode_N is not None]
-    return Evaluation(
-        returns_E=np.concatenate([chunk.returns_E for chunk in chunks]),
-        lengths_E=np.concatenate([chunk.lengths_E for chunk in chunks]),
-        obs_ND=_joined([chunk.obs_ND for chunk in chunks]),
-        actions_N=_joined([chunk.actions_N for chunk in chunks]),
-        rewards_N=_joined([chunk.rewards_N for chunk in chunks]),
-        masks_NA=_joined([chunk.masks_NA for chunk in chunks]),
-        episode_N=np.concatenate(episodes) if episodes else None,
-    )
+def join(parts: list[Evaluation]) -> Evaluation:
+    """Put chunks, or evaluations that go on from each other, together in their order."""
+    starts = np.cumsum([0] + [len(part.returns_E) for part in parts])
+    shifted = [
+        part if part.episode_N is None else replace(part, episode_N=part.episode_N + start) for part, start in zip(parts, starts)
+    ]
+    return Evaluation(*(_joined([getattr(part, field.name) for part in shifted]) for field in fields(Evaluation)))
 
 
-def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
+def _joined(parts: list[np.ndarray | None]) -> Any:
     present = [part for part in parts if part is not None]
     return np.concatenate(present) if present else None
 
 
-def _run_chunk(
-    environment: VectorEnvironment,
-    policy: Policy,
-    chunk: Chunk,
-    seed: int,
-    mode: Mode,
-    noise_std_D: np.ndarray | None,
-    keep_steps: bool,
-) -> Evaluation:
-    noise_rng = generator(seed, Stream.OBSERVATION_NOISE, chunk.index)
-    action_rng = generator(seed, Stream.EVALUATION_ACTIONS, chunk.index)
-    running_B = np.ones(chunk.num_episodes, bool)
-    returns_B, lengths_B = np.zeros(chunk.num_episodes), np.zeros(chunk.num_episodes, np.int64)
+def _run_chunk(environment: VectorEnvironment, chunk: Chunk) -> Evaluation:
+    request, num_episodes = chunk.request, chunk.num_episodes
+    policy = request.policy
+    action_rng = generator(request.seed, Stream.EVALUATION_ACTIONS, chunk.index)
+    disturbance = None
+    if request.perturbation is not None:
+        rng = generator(request.seed, Stream.OBSERVATION_NOISE, chunk.index)
+        disturbance = Disturbance(request.perturbation, policy, num_episodes, rng)
+    running_B = np.ones(num_episodes, bool)
+    returns_B, change_B, lengths_B = np.zeros(num_episodes), np.zeros(num_episodes), np.zeros(num_episodes, np.int64)
     kept: list[tuple[np.ndarray | None, ...]] = []
     for _ in range(MAX_EPISODE_STEPS):
         obs_BD, mask_BA = environment.obs_BD, environment.mask_BA
-        seen_BD = obs_BD if noise_std_D is None else _with_noise(obs_BD, noise_std_D, noise_rng)
-        actions_B = policy.distribution.choose_rows(policy.distributions(seen_BD, mask_BA), mode, action_rng)
+        seen_BD = obs_BD if disturbance is None else disturbance.seen(obs_BD, mask_BA)
+        parameters_BP = policy.distributions(seen_BD, mask_BA)
+        if disturbance is not None:
+            change_B += running_B * action_change(policy, policy.distributions(obs_BD, mask_BA), parameters_BP)
+        actions_B = policy.distribution.choose_rows(parameters_BP, request.mode, action_rng)
         step = environment.step(actions_B)
-        if keep_steps:
+        if request.keep_steps:
             kept_mask = None if mask_BA is None else mask_BA[running_B]
             rewards = step.rewards_B[running_B]
             kept.append((obs_BD[running_B], actions_B[running_B], rewards, kept_mask, np.flatnonzero(running_B)))
@@ -136,13 +138,9 @@ def _run_chunk(
         lengths_B += running_B
         running_B &= ~(step.terminateds_B | step.truncateds_B)
         if not running_B.any():
-            steps = [_joined(list(part)) for part in zip(*kept)] if keep_steps else [None] * 5
-            return Evaluation(returns_B, lengths_B, *steps)
+            steps = [_joined(list(part)) for part in zip(*kept)]
+            return Evaluation(returns_B, lengths_B, None if disturbance is None else change_B / lengths_B, *steps)
     raise EnvironmentFailed(
-        f"environment {environment.config.id!r} did not end {running_B.sum()} of {chunk.num_episodes} episodes within "
+        f"environment {environment.config.id!r} did not end {running_B.sum()} of {num_episodes} episodes within "
         f"{MAX_EPISODE_STEPS} steps; set environment.max_episode_steps"
     )
-
-
-def _with_noise(obs_BD: np.ndarray, noise_std_D: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return obs_BD + (rng.standard_normal(obs_BD.shape) * noise_std_D).astype(np.float32)

@@ -4,6 +4,7 @@ N rows, D features, O outputs of the policy, P parameters.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -19,6 +20,7 @@ from policies.network import (
     Layers,
     convolution_shapes,
     convolutions_of,
+    from_images,
     inner_features,
     layer_shapes,
     layers_of,
@@ -146,6 +148,25 @@ def outputs_as_trained(policy: Policy, obs_ND: np.ndarray) -> np.ndarray:
     x_ND = normalised(np.array(obs_ND, np.float32), policy.tensors, policy.architecture)
     outputs_NO = _Path(tower, tower, layout).forward(x_ND)
     return with_log_std(outputs_NO, policy.tensors.get(LOG_STD))
+
+
+def outputs_gradient(policy: Policy, obs_ND: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Return the last layer's outputs [N, O], and what turns a gradient by them into the one by the observations [N, D]."""
+    x_ND = normalised(np.array(obs_ND, np.float32), policy.tensors, policy.architecture)
+    if policy.architecture.module:
+        outputs_NO, through_network = policy.module_network.outputs_gradient(x_ND)
+    else:
+        layout = Layout(policy.spaces, policy.architecture)
+        tower = _Tower(layout, policy.tensors, "policy")
+        path = _Path(tower, tower, layout)
+        outputs_NO, through_network = path.forward(x_ND), path.to_input
+    slope_D, clip = policy.tensors["normaliser.scale"], policy.architecture.observation_clip
+
+    def gradient_of(d_outputs_NO: np.ndarray) -> np.ndarray:
+        d_obs_ND = through_network(d_outputs_NO.astype(np.float32)) * slope_D
+        return d_obs_ND if clip is None else d_obs_ND * (np.abs(x_ND) < clip)
+
+    return outputs_NO, gradient_of
 
 
 def parameters_sha256(tensors: dict[str, np.ndarray]) -> str:
@@ -329,6 +350,22 @@ class _Path:
                 d_x += d_last_hidden
             d_z = self._through_activation(d_x, x)
         self._convolve_back(d_z)
+
+    def to_input(self, d_output: np.ndarray) -> np.ndarray:
+        """Return the gradient by what went in [N, D], and write none."""
+        d_z = d_output
+        for index in reversed(range(len(self._tower.layers))):
+            d_x = d_z @ self._tower.layers[index][0].T
+            if index == 0 and not self._tower.convolutions:
+                return d_x
+            d_z = self._through_activation(d_x, self._inputs[index])
+        for index in reversed(range(len(self._tower.convolutions))):
+            images, convolution = self._images[index], self._layout.architecture.convolutions[index]
+            d_windows = d_z.reshape(-1, convolution.filters) @ self._tower.convolutions[index][0].T
+            d_images = _sum_windows(d_windows, images.shape, convolution)
+            if index > 0:
+                d_z = self._through_activation(d_images, images)
+        return from_images(d_images[0], self._layout.spaces)
 
     def _through_activation(self, d_y: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Return the gradient before an activation, in place: tanh' is 1 - tanh^2, relu' is 1 where something came through."""

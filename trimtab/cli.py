@@ -1,7 +1,8 @@
 """The `trimtab` command: every step of the loop on its own, and `up` for all of them in one go.
 
-Exit codes: 0 done, 1 the verdict is negative (gate not passed, release refused or rolled back, target not reached),
-2 usage or environment error. With --json one JSON document goes to stdout; everything else goes to stderr.
+Exit codes: 0 done, 1 the verdict is negative (gate not passed, release refused or rolled back, signature refused, target not
+reached), 2 usage or environment error, 3 a gate had too little evidence. With --json one JSON document goes to stdout;
+everything else goes to stderr.
 """
 
 import sys
@@ -9,21 +10,36 @@ import traceback
 
 import typer
 
-from policies.errors import GateRefused, ReleaseRefused, TrainingFailed, TrimtabError
+from policies.errors import GateRefused, ReleaseRefused, SignatureRefused, TrainingFailed, TrimtabError
 from trimtab.cluster import prepare_environment, terminate_as_interrupt
 from trimtab.command import DONE, INTERRUPTED, NEGATIVE, UNUSABLE, console, escape
-from trimtab.commands import curves, offline, online, release, tuning, whole_loop
+from trimtab.commands import curves, exports, offline, online, release, tuning, whole_loop
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 release_app = typer.Typer(no_args_is_help=True, help="Deliver a version to traffic step by step, and take it back.")
+keys_app = typer.Typer(no_args_is_help=True, help="Make keys to sign with, and say whose signatures count.")
 
-for command in (whole_loop.up, offline.train, offline.resume, tuning.tune, offline.evaluate, offline.gate, offline.publish):
+for command in (
+    whole_loop.up,
+    offline.train,
+    offline.resume,
+    tuning.tune,
+    offline.evaluate,
+    offline.gate,
+    offline.diff,
+    offline.publish,
+):
     app.command()(command)
 app.add_typer(release_app, name="release")
+for command in (exports.export, exports.sign, exports.verify):
+    app.command()(command)
+app.add_typer(keys_app, name="keys")
 for command in (online.serve, online.decide, online.drive, online.status, online.replay, online.down, curves.plot):
     app.command()(command)
 for command in (release.start, release.status, release.promote, release.pause, release.resume, release.abort, release.rollback):
     release_app.command()(command)
+for name in ("new", "trust", "list", "revoke"):
+    keys_app.command(name)(getattr(exports, f"keys_{name}"))
 
 
 def main() -> None:
@@ -35,7 +51,7 @@ def main() -> None:
         if code == INTERRUPTED:
             console.print("stopped", style="yellow")
         sys.exit(code if isinstance(code, int) else DONE)
-    except (GateRefused, ReleaseRefused, TrainingFailed) as error:
+    except (GateRefused, ReleaseRefused, SignatureRefused, TrainingFailed) as error:
         _fail(NEGATIVE, error)
     except TrimtabError as error:
         _fail(UNUSABLE, error)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +13,13 @@ from rich.console import Console
 
 from policies.registry import Registry
 from policies.storage import Storage, open_storage
+from policies.trust import SigningKey
 from trimtab import session as sessions
 from trimtab.client import Client
 from trimtab.cluster import Cluster, connected
-from trimtab.loop_file import LoopConfig, load_loop_file
+from trimtab.loop_file import LoopConfig, load_loop_file, registry_of
 
-DONE, NEGATIVE, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+DONE, NEGATIVE, UNUSABLE, UNDECIDED, INTERRUPTED = 0, 1, 2, 3, 130
 DEFAULT_LOOP_FILE = Path("examples/cartpole.yaml")
 
 console = Console(stderr=True)
@@ -36,6 +38,9 @@ OverrideOption = Annotated[
     str | None,
     typer.Option("--override-gates", metavar="REASON", help="Break-glass: go on without passing gates; the reason is kept."),
 ]
+KeyOption = Annotated[
+    str | None, typer.Option("--key", metavar="NAME", help="Sign with this key of the storage root (`trimtab keys new NAME`).")
+]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the journal.")]
 
 
@@ -48,7 +53,7 @@ class Context:
 
     def registry(self) -> Registry:
         """Return the registry of the loop's policy."""
-        return Registry(self.storage.registry(self.loop.name))
+        return registry_of(self.loop, self.storage)
 
     @contextlib.contextmanager
     def cluster(self, address: str | None) -> Iterator[Cluster]:
@@ -62,6 +67,11 @@ def open_context(loop_file: Path, sets: list[str] | None, storage: str | None) -
     """Read the loop file and open its storage root."""
     loop = load_loop_file(loop_file, overrides=sets, storage=storage)
     return Context(loop, open_storage(loop.storage))
+
+
+def load_key(context: Context, name: str | None) -> SigningKey | None:
+    """Return the private key that a person named; raises `NotFound`, or `SignatureRefused` if its signatures do not count."""
+    return None if name is None else SigningKey.load(context.storage, name, now=time.time())
 
 
 def connect(context: Context) -> Client:

@@ -88,17 +88,22 @@ def require_format(path: Path) -> str:
 
 def draw(curves: Sequence[Curve], axes: Sequence[XAxis], path: Path) -> None:
     """Write the picture; raises `UsageError` when the path has no format of ours or cannot be written."""
-    file_format = require_format(path)
-    picture = io.BytesIO()
+    picture = picture_of(curves, axes, require_format(path))
+    try:
+        path.write_bytes(picture)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}; name another file with --out") from error
+
+
+def picture_of(curves: Sequence[Curve], axes: Sequence[XAxis], file_format: str) -> bytes:
+    """Return the picture as a file of this format holds it; the same curves give the same bytes of SVG."""
     import matplotlib
 
+    picture = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure = _figure(curves, axes)
         figure.savefig(picture, format=file_format, dpi=150, metadata={"Date": None} if file_format == "svg" else None)
-    try:
-        path.write_bytes(picture.getvalue())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}; name another file with --out") from error
+    return picture.getvalue()
 
 
 def smoothed(values_N: np.ndarray) -> np.ndarray:

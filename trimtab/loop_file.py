@@ -10,9 +10,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from policies.errors import ConfigError
+from policies.registry import Registry
 from policies.release import ReleaseConfig
-from policies.storage import DEFAULT_LOCATION, NAME_PATTERN
+from policies.storage import DEFAULT_LOCATION, NAME_PATTERN, Storage
 from policies.torch_network import trust
+from policies.trust import TrustStore
 from serve_app.config import ServingConfig
 from training.config import EnvironmentConfig, TrainingConfig
 from training.gates.config import GatesConfig
@@ -98,6 +100,12 @@ def load_loop_file(path: Path, *, overrides: list[str] | None = None, storage: s
     if config.training.module is not None:
         trust(config.training.module)  # whoever runs this loop file runs that code anyway
     return config
+
+
+def registry_of(loop: LoopConfig, storage: Storage) -> Registry:
+    """Return the registry of the loop's policy; it gives out signed bundles only, if the loop file says so."""
+    trust = TrustStore(storage.trust) if loop.serving.require_signature else None
+    return Registry(storage.registry(loop.name), trust=trust)
 
 
 def _make_importable(directory: Path) -> None:

@@ -15,26 +15,30 @@ from pydantic import ValidationError
 
 from actors.controller import Progress, TrainResult, train
 from actors.worker_pool import WorkerPool
-from policies.bundle import Bundle, write_bundle
-from policies.errors import ConfigError, GateRefused, IntegrityError, NotFound
+from policies.bundle import Bundle, read_bundle, write_bundle
+from policies.errors import ConfigError, GateRefused, IntegrityError, NotFound, SignatureRefused
 from policies.golden import Golden
 from policies.integrity import canonical_json, parse_json, sha256_hex, write_atomic
 from policies.policy import Policy
 from policies.reference import Reference, choose_steps, decode_reference, encode_reference
 from policies.registry import Registry, RegistryState, register_version, set_champion
 from policies.storage import Storage
+from policies.trust import SigningKey
 from policies.verdicts import GateReport, Verdict, require_passing
 from training.checkpoint import load_checkpoint, load_golden, load_policy
 from training.config import TrainingConfig
+from training.disagreement import Disagreement, compare
 from training.environment import read_spaces
-from training.evaluation import Evaluation
+from training.evaluation import Evaluation, EvaluationRequest
 from training.event_file import first_and_last_time
-from training.gates import Incumbent, run_gates
+from training.gates import Contender, GateContext, run_gates
+from training.gates.regression import scenario_names
 from training.golden import golden_inputs
-from training.metrics import TENSORBOARD
+from training.metrics import TENSORBOARD, read_metrics
 from training.network import outputs_as_trained
 from training.runs import RESULT, RunConfig, newest_run, open_run, read_config
-from trimtab.loop_file import LoopConfig
+from trimtab.learning_curves import read_curve
+from trimtab.loop_file import LoopConfig, registry_of
 
 GATE_REPORT = "gates.json"
 GOLDEN_INPUTS = "golden_inputs.npz"
@@ -126,33 +130,53 @@ def evaluate_run(loop: LoopConfig, storage: Storage, run_id: str, *, episodes: i
     """Run episodes with the run's best policy so far, in the serving mode of the loop file."""
     policy, _ = load_policy(storage.run(run_id))
     with _evaluation_pool(loop, policy) as pool:
-        return pool.evaluate(policy, num_episodes=episodes, seed=seed, mode=loop.serving.mode)
+        return pool.evaluate(EvaluationRequest(policy, episodes, seed, loop.serving.mode))[0]
 
 
 def evaluate_version(loop: LoopConfig, storage: Storage, version: int, *, episodes: int, seed: int) -> Evaluation:
     """Run episodes with a registered version, in the mode in which it is served."""
-    bundle = Registry(storage.registry(loop.name)).bundle(version)
+    bundle = registry_of(loop, storage).bundle(version)
     with _evaluation_pool(loop, bundle.policy) as pool:
-        return pool.evaluate(bundle.policy, num_episodes=episodes, seed=seed, mode=bundle.manifest["serving_mode"])
+        return pool.evaluate(EvaluationRequest(bundle.policy, episodes, seed, bundle.manifest["serving_mode"]))[0]
+
+
+def diff_versions(loop: LoopConfig, storage: Storage, first: int, second: int, *, episodes: int) -> Disagreement:
+    """Run episodes with two versions from the same initial states, and find where they would act differently."""
+    registry = registry_of(loop, storage)
+    bundles = [registry.bundle(version) for version in (first, second)]
+    if bundles[0].policy.spaces.to_json() != bundles[1].policy.spaces.to_json():
+        raise ConfigError(f"versions {first} and {second} take or give different things; their decisions cannot be compared")
+    requests = [
+        EvaluationRequest(bundle.policy, episodes, loop.gates.seed, bundle.manifest["serving_mode"], keep_steps=True)
+        for bundle in bundles
+    ]
+    with _evaluation_pool(loop, bundles[0].policy) as pool:
+        evaluations = pool.evaluate(*requests)
+    return compare(
+        bundles[0].policy,
+        bundles[1].policy,
+        (evaluations[0], evaluations[1]),
+        gamma=loop.training.gamma,
+        confidence=loop.gates.confidence,
+        seed=loop.gates.seed,
+    )
 
 
 def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | None = None) -> GateReport:
     """Judge the run's best policy so far, compare it with the champion (or `against`), and keep the report in the run."""
     policy, _ = load_policy(storage.run(run_id))
-    registry = Registry(storage.registry(loop.name))
+    registry = registry_of(loop, storage)
     version = against if against is not None else registry.state().champion
+    incumbent, known_scenarios = _incumbent(registry, version) if version is not None else (None, ())
+    context = GateContext(
+        Contender(policy, loop.serving.mode), incumbent, loop.environment, loop.gates, _min_return(loop), known_scenarios
+    )
     with _evaluation_pool(loop, policy) as pool:
-        report, episodes = run_gates(
-            policy,
-            mode=loop.serving.mode,
-            incumbent=_incumbent(registry, version) if version is not None else None,
-            evaluate=pool.evaluate,
-            config=loop.gates,
-            min_return=_min_return(loop),
-            conditions_sha256=_conditions_sha256(loop),
-            now=time.time(),
-        )
-    keep_judged(storage.run(run_id), policy, report, episodes, seed=loop.gates.seed)
+        report, episodes = run_gates(context, evaluate=pool.evaluate, conditions_sha256=_conditions_sha256(loop), now=time.time())
+    run = storage.run(run_id)
+    keep_judged(run, policy, report, episodes, seed=loop.gates.seed)
+    for name, data in _card(loop, storage, run_id, policy, report, override_gates=None).items():
+        write_atomic(run / name, data)
     return report
 
 
@@ -167,11 +191,15 @@ def keep_judged(run: Path, policy: Policy, report: GateReport, episodes: Evaluat
     write_atomic(run / GATE_REPORT, canonical_json(report.to_json()))
 
 
-def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gates: str | None = None) -> Published:
+def publish_run(
+    loop: LoopConfig, storage: Storage, run_id: str, *, override_gates: str | None = None, key: SigningKey | None = None
+) -> Published:
     """Pack the run's best policy with its gate report and register it; the first passing version becomes champion.
 
-    Raises `GateRefused` when the report is missing, of another policy, or not passing (without a break-glass reason).
+    Raises `GateRefused` when the report is missing, of another policy, or not passing (without a break-glass reason), and
+    `SignatureRefused` when the loop file requires a signature and there is no key to sign with.
     """
+    require_key(loop, key)
     run = storage.run(run_id)
     policy, metadata = load_policy(run)
     report_path = run / GATE_REPORT
@@ -179,17 +207,31 @@ def publish_run(loop: LoopConfig, storage: Storage, run_id: str, *, override_gat
         raise GateRefused(f"run {run_id} has no gate report; run `trimtab gate --run {run_id}` first")
     report = GateReport.from_json(parse_json(report_path.read_bytes(), str(report_path)))
     require_passing(report, policy.sha256(), override=override_gates, what=f"run {run_id} not published")
-    registry = Registry(storage.registry(loop.name))
+    registry = registry_of(loop, storage)
     _require_current(report, loop, registry.state(), run_id)
     parents = _parents(registry.state(), report, metadata)
     origin = _origin(loop_of_run(loop, storage, run_id), run, metadata, parents)
-    version = _passing_version(registry.state(), policy) or _register(
-        loop, registry, run, policy, report, origin=origin, override_gates=override_gates
-    )
+    version = _passing_version(registry.state(), policy)
+    if version is None:
+        documents = _card(loop, storage, run_id, policy, report, override_gates=override_gates)
+        version = _register(
+            loop, registry, run, policy, report, origin=origin, override_gates=override_gates, documents=documents
+        )
     state = registry.state()
+    if key is not None:  # after it has its number, which is signed with it; before it can become champion
+        bundle = read_bundle(registry.bundles / state.version(version).digest)
+        key.sign_version(bundle, policy=loop.name, version=version)
     if state.champion is None and state.version(version).gate_verdict is Verdict.PASS:
         state = registry.append(lambda state: set_champion(state, version, "first version"), now=time.time())
     return Published(version, registry.bundle(version), state.champion == version)
+
+
+def require_key(loop: LoopConfig, key: SigningKey | None) -> None:
+    """Raise `SignatureRefused` when the loop file requires signatures and nothing is there to make one."""
+    if loop.serving.require_signature and key is None:
+        raise SignatureRefused(
+            f"{loop.name} is only published signed (serving.require_signature): name a key with --key (`trimtab keys new`)"
+        )
 
 
 def _passing_version(state: RegistryState, policy: Policy) -> int | None:
@@ -208,6 +250,7 @@ def _register(
     *,
     origin: dict[str, Any],
     override_gates: str | None,
+    documents: dict[str, bytes],
 ) -> int:
     now = time.time()
     bundle = write_bundle(
@@ -220,6 +263,7 @@ def _register(
         origin=origin,
         created_at=now,
         reference=_reference(run, policy),
+        documents=documents,
         observation_names=loop.environment.observation_names,
         observation_units=loop.environment.observation_units,
     )
@@ -248,9 +292,11 @@ def _conditions_sha256(loop: LoopConfig) -> str:
     return sha256_hex(canonical_json(conditions))
 
 
-def _incumbent(registry: Registry, version: int) -> Incumbent:
+def _incumbent(registry: Registry, version: int) -> tuple[Contender, tuple[str, ...]]:
+    """Return a version as it is served, and the scenarios that it had to pass."""
     bundle = registry.bundle(version)
-    return Incumbent(version, bundle.policy, bundle.manifest["serving_mode"])
+    contender = Contender(bundle.policy, bundle.manifest["serving_mode"], version)
+    return contender, scenario_names(bundle.gate_report.result("regression"))
 
 
 def _evaluation_pool(loop: LoopConfig, policy: Policy) -> WorkerPool:
@@ -259,6 +305,28 @@ def _evaluation_pool(loop: LoopConfig, policy: Policy) -> WorkerPool:
     if policy.spaces.to_json() != expected:
         raise ConfigError(f"the policy takes and gives {policy.spaces.to_json()}, environment {loop.environment.id} {expected}")
     return WorkerPool(loop.environment, loop.training)
+
+
+def _card(
+    loop: LoopConfig, storage: Storage, run_id: str, policy: Policy, report: GateReport, *, override_gates: str | None
+) -> dict[str, bytes]:
+    """Return the files of the model card."""
+    from trimtab.card import Facts, card_files  # here, not above: it draws, and matplotlib takes half a second
+
+    run, training = storage.run(run_id), loop_of_run(loop, storage, run_id).training
+    _, state = load_policy(run)
+    origin = {
+        "run": run_id,
+        "algorithm": training.algorithm,
+        "seed": training.seed,
+        "updates": state["update"],
+        "environment steps": state["env_steps"],
+        "code commit": _code_commit() or "unknown",
+    }
+    settings = training.model_dump(mode="json", exclude_defaults=True)
+    environment = loop.environment.model_dump_json(exclude_defaults=True)
+    curve = read_curve(run) if read_metrics(run) else None
+    return card_files(Facts(loop.name, policy, loop.serving.mode, environment, origin, settings, report, override_gates, curve))
 
 
 def _min_return(loop: LoopConfig) -> float:

@@ -11,7 +11,6 @@ import shutil
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 from policies.bundle import Bundle
@@ -20,7 +19,7 @@ from policies.storage import open_storage
 from training.checkpoint import load_policy, save_checkpoint
 from training.environment import read_spaces
 from training.evaluation import evaluate
-from training.gates import run_gates
+from training.gates import Contender, GateContext, run_gates
 from training.learner_state import LearnerState
 from training.network import layout_of
 from training.ppo import PPO
@@ -36,7 +35,8 @@ OVERRIDES = [
     "gates.performance.min_return=100",
     "gates.performance.episodes=128",
     "gates.robustness.episodes=64",
-    "gates.safety.max_violation_rate=0.2",
+    "gates.safety.constraints=[{function: 'cartpole_safety:stays_on_track', max_violation_rate: 0.2}]",
+    "gates.regression.scenarios=[]",
     "serving.mode=sample",
     "environment.observation_names=[position, velocity, angle, spin]",
     "environment.observation_units=[m, m/s, rad, rad/s]",
@@ -76,13 +76,10 @@ def _publish(loop: LoopConfig, directory: Path) -> Bundle:
     }
     save_checkpoint(run, update=NUM_UPDATES, tensors=tensors, best=ppo.state.weights().tensors(layout), state=state, keep=2)
     policy, _ = load_policy(run)
+    context = GateContext(Contender(policy, loop.serving.mode), None, loop.environment, loop.gates, pipeline._min_return(loop))
     report, episodes = run_gates(
-        policy,
-        mode=loop.serving.mode,
-        incumbent=None,
-        evaluate=partial(evaluate, loop.environment),
-        config=loop.gates,
-        min_return=pipeline._min_return(loop),
+        context,
+        evaluate=lambda *requests: [evaluate(loop.environment, request) for request in requests],
         conditions_sha256=pipeline._conditions_sha256(loop),
         now=time.time(),
     )

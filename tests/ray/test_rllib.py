@@ -25,7 +25,7 @@ from policies.storage import Storage, open_storage
 from policies.verdicts import Verdict
 from training.checkpoint import load_checkpoint, load_golden, load_policy, read_layout
 from training.config import EnvironmentConfig, TrainingConfig
-from training.evaluation import evaluate
+from training.evaluation import EvaluationRequest, evaluate
 from training.gates.intervals import mean_interval
 from training.golden import NUM_CORNERS
 from training.network import policy_of
@@ -95,8 +95,8 @@ def loop_of(environment: EnvironmentConfig, training: dict[str, Any], **gates: A
         training={"target_return": 1e9, "num_cpus_per_env_runner": 0.5, **training},
         gates={
             "performance": {"min_return": -1e9, "episodes": 20},
-            "safety": {"constraint": "training.gates.safety:no_constraint", "max_violation_rate": 0.99},
-            "robustness": {"noise_levels": [0.05], "min_return_ratio": 0.01, "episodes": 5},
+            "safety": {"constraints": []},
+            "robustness": {"strengths": {"noise": [0.05]}, "watched": {}, "min_return_ratio": 0.01, "episodes": 5},
             **gates,
         },
         feedback={"outcome_range": [-1e9, 1e9]},
@@ -209,7 +209,7 @@ def test_the_bundle_acts_as_rllibs_own_evaluation_says(loop: LoopConfig, dqn):
     with restored(CARTPOLE, loop.training, run) as algorithm:
         rllib_algorithm.restore(algorithm, rllib_algorithm.state_from_tensors(checkpoint.tensors))
         theirs_E = rllibs_own_evaluation(algorithm)
-    ours_E = evaluate(CARTPOLE, last, num_episodes=NUM_EPISODES, seed=1).returns_E
+    ours_E = evaluate(CARTPOLE, EvaluationRequest(last, num_episodes=NUM_EPISODES, seed=1)).returns_E
     assert_same_mean(ours_E, theirs_E)
 
     report = pipeline.gate_run(loop, storage, "dqn")

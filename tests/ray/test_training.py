@@ -20,7 +20,7 @@ from policies.storage import Storage, open_storage
 from tests.training_runs import CARTPOLE, SHORT, Driver, changed
 from training.checkpoint import load_checkpoint, load_policy
 from training.config import EnvironmentConfig, TrainingConfig
-from training.evaluation import evaluate
+from training.evaluation import EvaluationRequest, evaluate
 from training.metrics import read_metrics
 from training.runs import RunConfig, create_run
 
@@ -60,7 +60,7 @@ def test_cartpole_is_solved_with_the_defaults(storage: Storage):
     policy, metadata = load_policy(storage.run(result.run_id))
     assert metadata["parameters_sha256"] == result.parameters_sha256 and metadata["env_steps"] == result.env_steps
     # 20 greedy episodes of at least 475 are no accident: 100 other ones are good too
-    assert evaluate(CARTPOLE, policy, num_episodes=100, seed=12345).return_mean > 400
+    assert evaluate(CARTPOLE, EvaluationRequest(policy, num_episodes=100, seed=12345)).return_mean > 400
 
 
 @pytest.mark.parametrize("num_env_runners", [1, 4])
@@ -226,7 +226,9 @@ def test_a_run_keeps_to_action_masks_and_ends_as_a_policy_that_does(storage: Sto
     result = train(environment, changed(max_env_steps=20_000, lr=0.01, target_return=5), storage)
     policy, _ = load_policy(storage.run(result.run_id))
     assert policy.spaces.has_mask and result.reached_target
-    assert evaluate(environment, policy, num_episodes=3, seed=0).returns_E.tolist() == [5] * 3  # 2 + 2 + 1, the best there is
+    assert (
+        evaluate(environment, EvaluationRequest(policy, num_episodes=3, seed=0)).returns_E.tolist() == [5] * 3
+    )  # 2 + 2 + 1, the best there is
 
 
 def test_environment_that_always_raises_ends_the_run_with_its_own_traceback(storage: Storage):
@@ -247,12 +249,12 @@ def test_environment_that_always_kills_its_process_ends_the_run(storage: Storage
 
 def test_evaluation_on_the_pool_gives_the_rows_of_one_process_also_when_a_worker_dies(undisturbed: TrainResult):
     policy, _ = load_policy(Path(undisturbed.checkpoint).parents[1])
-    options = {"num_episodes": 200, "seed": 3, "mode": "sample", "keep_steps": True}
-    here = evaluate(CARTPOLE, policy, **options)
+    request = EvaluationRequest(policy, 200, seed=3, mode="sample", keep_steps=True)
+    here = evaluate(CARTPOLE, request)
     with WorkerPool(CARTPOLE, SHORT) as pool:
         pids = pool.wait_until_ready()
         for num_restarts in range(2):
-            on_pool = pool.evaluate(policy, **options)
+            (on_pool,) = pool.evaluate(request)
             assert pool.num_restarts == num_restarts  # one worker had two of the four chunks, and is replaced once
             assert on_pool.returns_E.tolist() == here.returns_E.tolist()
             assert on_pool.obs_ND.tobytes() == here.obs_ND.tobytes()

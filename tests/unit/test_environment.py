@@ -15,7 +15,7 @@ from actors.rollout_worker import RolloutWorker
 from policies.errors import ConfigError, EnvironmentFailed, SpaceUnsupported
 from training.config import EnvironmentConfig, TrainingConfig
 from training.environment import VectorEnvironment, check_environment, read_spaces
-from training.evaluation import evaluate
+from training.evaluation import EvaluationRequest, evaluate
 from training.learner_state import LearnerState
 from training.network import layout_of, outputs_as_trained
 from training.ppo import PPO
@@ -314,5 +314,5 @@ def learn_once(environment: EnvironmentConfig, *, num_features: int, **settings:
     obs_ND = rollout.obs_TBD.reshape(-1, num_features)
     trained_NP = policy.distribution.parameters(outputs_as_trained(policy, obs_ND), None)
     np.testing.assert_allclose(policy.distributions(obs_ND), trained_NP, rtol=1e-5, atol=1e-6)
-    result = evaluate(environment, policy, num_episodes=2, seed=0, mode="sample", keep_steps=True)
+    result = evaluate(environment, EvaluationRequest(policy, num_episodes=2, seed=0, mode="sample", keep_steps=True))
     assert result.obs_ND.shape == (result.lengths_E.sum(), num_features)

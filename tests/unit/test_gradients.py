@@ -14,7 +14,7 @@ from policies.observations import Box
 from policies.spaces import Action, Choices, Numbers, Spaces
 from tests import torch_reference
 from training.heads import ChoiceHead, Evaluated, NumberHead, head_of
-from training.network import DifferentiableNetwork, Layout, Network
+from training.network import DifferentiableNetwork, Layout, Network, Weights, outputs_gradient
 from training.ppo import Batch, LossSettings, ppo_loss
 
 NUM_STEPS = 64
@@ -245,3 +245,23 @@ def test_a_deviation_at_its_limit_is_not_pushed_beyond() -> None:
     assert gradient_NO[0, 3:].tolist() == [0, 0, 0]  # d log p / d log std = z^2 - 1 = -1, entropy +1: they cancel in the third
     only_entropy_NO = head.gradient(evaluated, np.zeros(1, np.float32), 1.0)
     assert only_entropy_NO[0, 3:].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_gradient_by_the_observations_is_the_slope_of_the_outputs(case: Case) -> None:
+    layout = case.layout
+    parameters_P = random_parameters(layout).astype(np.float32)
+    rng = np.random.default_rng(3)
+    num_features = layout.spaces.num_features
+    normaliser = rng.normal(0, 0.3, num_features), rng.uniform(0.5, 1.5, num_features)
+    weights = Weights(0, parameters_P, *(numbers.astype(np.float32) for numbers in normaliser))
+    policy = weights.policy(layout)
+    obs_ND, direction_ND = rng.standard_normal((2, 6, num_features)).astype(np.float32)
+    outputs_NO, gradient_of = outputs_gradient(policy, obs_ND)
+    d_outputs_NO = rng.standard_normal(outputs_NO.shape)
+    slope = float((gradient_of(d_outputs_NO) * direction_ND).sum())
+    step = 3e-3
+    ahead, behind = (outputs_gradient(policy, obs_ND + sign * step * direction_ND)[0].astype(np.float64) for sign in (1, -1))
+    expected = float(((ahead - behind) * d_outputs_NO).sum() / (2 * step))
+    assert slope == pytest.approx(expected, rel=0.1, abs=0.03)  # float32, and some units of relu begin to act on the way
+    assert slope != pytest.approx(1.5 * expected, rel=0.1, abs=0.03)  # negative control: the tolerance is not everything

@@ -34,7 +34,7 @@ def test_the_example_is_valid_and_overrides_win(tmp_path: Path) -> None:
             MINIMAL.replace("target_return: 475", "learning_rate: 1"),
             r"training\.learning_rate: unknown key; .*allowed: algorithm, rllib, lr, gamma",
         ),
-        (MINIMAL + "gates: {safety: {constrain: a}}\n", r"gates\.safety\.constrain: unknown key; did you mean 'constraint'"),
+        (MINIMAL + "gates: {safety: {constraint: a}}\n", r"gates\.safety\.constraint: unknown key; did you mean 'constraints'"),
         (MINIMAL + "serving: {port: many}\n", r"serving\.port: .*integer.*'many'"),
         (MINIMAL.replace("name: x", "name: ../evil"), "name: .*'../evil'"),
         ("name: x\n", "environment: this key is required"),

@@ -25,7 +25,7 @@ from tests.serving_helpers import NAME, Reply, call, publish, read_new
 from tests.training_environments import allowed_choices
 from training.config import EnvironmentConfig, TrainingConfig
 from training.environment import VectorEnvironment, check_environment, read_spaces
-from training.evaluation import evaluate
+from training.evaluation import EvaluationRequest, evaluate
 from training.learner_state import LearnerState
 from training.network import Layout, Weights, layout_of
 from training.ppo import PPO
@@ -75,7 +75,7 @@ def test_rollouts_and_evaluation_never_choose_what_does_not_exist(name: str, way
     assert np.array_equal(rollout.masks_TBA[is_running_TB], expected_NA.astype(bool))
     policy = weights.policy(layout)
     for mode in ("greedy", "sample"):
-        result = evaluate(environment, policy, num_episodes=7, seed=0, mode=mode, keep_steps=True)
+        result = evaluate(environment, EvaluationRequest(policy, num_episodes=7, seed=0, mode=mode, keep_steps=True))
         assert result.lengths_E.tolist() == [3] * 7
         assert np.array_equal(result.masks_NA, [allowed_choices(int(place)) for place in result.obs_ND[:, 0]])
 
@@ -120,11 +120,13 @@ def test_learning_with_masks_keeps_finite_parameters_and_finds_the_better_choice
         report = learner.update([shard.collect(learner.state.weights(), update=update)])
     assert np.isfinite(report.entropy) and np.isfinite(report.kl)
     policy = learner.state.weights().policy(layout)
-    returns_E = evaluate(environment, policy, num_episodes=3, seed=0).returns_E
+    returns_E = evaluate(environment, EvaluationRequest(policy, num_episodes=3, seed=0)).returns_E
     # Later choices pay more. Flat, 0 and 4 are missing, then 1 and 5, then 2 and 3: 5 + 4 + 5. By halves 0, 1, 2: 2 + 2 + 1.
     assert returns_E.tolist() == [14 if way["flat"] else 5] * 3
     untrained = stubborn_weights(layout).policy(layout)
-    assert evaluate(environment, untrained, num_episodes=3, seed=0).returns_E.tolist() == [1] * 3  # the control: 1 + 0 + 0
+    assert (
+        evaluate(environment, EvaluationRequest(untrained, num_episodes=3, seed=0)).returns_E.tolist() == [1] * 3
+    )  # the control: 1 + 0 + 0
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies.errors import ConfigError, GateRefused
+from policies.errors import ConfigError, GateRefused, SignatureRefused
 from policies.integrity import canonical_json, write_atomic
 from policies.reference import encode_reference, no_steps, read_reference
 from policies.registry import Registry
 from policies.storage import Storage, open_storage
+from policies.trust import SigningKey, TrustStore, create_key
 from policies.verdicts import GateReport, Verdict
 from tests.bundles import make_report
 from training.checkpoint import adopt_checkpoint, load_policy, save_checkpoint
 from training.environment import read_spaces
-from training.evaluation import evaluate
+from training.evaluation import EvaluationRequest, evaluate
 from training.event_file import EventFile
 from training.golden import NUM_CORNERS, NUM_GOLDEN
 from training.learner_state import LearnerState
@@ -79,7 +80,7 @@ def test_every_kind_of_policy_is_published_with_golden_vectors_of_what_it_meets(
     loop = load_loop_file(LOOP_FILE, overrides=["training.hidden=[8]", *overrides])
     run = _make_run(loop, storage)
     policy, _ = load_policy(run)
-    episodes = evaluate(loop.environment, policy, num_episodes=5, seed=1, mode="sample", keep_steps=True)
+    episodes = evaluate(loop.environment, EvaluationRequest(policy, num_episodes=5, seed=1, mode="sample", keep_steps=True))
     report = replace(make_report(policy), conditions_sha256=pipeline._conditions_sha256(loop))
     pipeline.keep_judged(run, policy, report, episodes, seed=0)
     bundle = pipeline.publish_run(loop, storage, "r").bundle
@@ -198,3 +199,37 @@ def test_names_and_units_of_features_are_in_the_bundle_and_change_neither_policy
     short = load_loop_file(LOOP_FILE, overrides=["environment.observation_names=[position]"])
     with pytest.raises(ConfigError, match="observation_names has 1 entries, an observation has 4 features"):
         read_spaces(short.environment)
+
+
+def test_a_loop_that_requires_signatures_publishes_with_a_key_only(storage: Storage) -> None:
+    loop = load_loop_file(LOOP_FILE, overrides=["serving.require_signature=true"])
+    _gate(loop, _make_run(loop, storage))
+    with pytest.raises(SignatureRefused, match="--key"):
+        pipeline.publish_run(loop, storage, "r")
+    assert Registry(storage.registry(loop.name)).state().versions == {}
+    _, public_path = create_key(storage, "release")
+    TrustStore(storage.trust).trust(public_path.read_bytes(), name="release", expires_at=None, now=0.0)
+    key = SigningKey.load(storage, "release", now=0.0)
+    published = pipeline.publish_run(loop, storage, "r", key=key)
+    signed = TrustStore(storage.trust).verify(published.bundle.path, now=0.0)
+    assert published.is_champion and signed.claims == {"policy": loop.name, "version": 1}
+
+
+def test_publishing_goes_on_where_it_was_cut_short_before_signing(storage: Storage) -> None:
+    loop = load_loop_file(LOOP_FILE, overrides=["serving.require_signature=true"])
+    run = _make_run(loop, storage)
+    _gate(loop, run)
+    _, public_path = create_key(storage, "release")
+    TrustStore(storage.trust).trust(public_path.read_bytes(), name="release", expires_at=None, now=0.0)
+    key = SigningKey.load(storage, "release", now=0.0)
+    with pytest.raises(SignatureRefused, match="died"):
+        pipeline.publish_run(loop, storage, "r", key=_DyingKey(key.fingerprint, key.private_pem))
+    state = Registry(storage.registry(loop.name)).state()
+    assert list(state.versions) == [1] and state.champion is None  # nothing unsigned has become champion
+    assert pipeline.publish_run(loop, storage, "r", key=key).is_champion
+    assert list(Registry(storage.registry(loop.name)).state().versions) == [1]
+
+
+class _DyingKey(SigningKey):
+    def sign(self, directory: Path, claims: dict) -> Path:
+        raise SignatureRefused("died")

@@ -1,5 +1,7 @@
 """Does missing evidence ever pass?"""
 
+from dataclasses import replace
+
 import pytest
 
 from policies.errors import GateRefused, IntegrityError
@@ -17,10 +19,11 @@ def _report(**verdicts: Verdict) -> GateReport:
 @pytest.mark.parametrize(
     ("verdicts", "expected"),
     [
-        ({"performance": P, "safety": P, "robustness": P}, P),
-        ({"performance": P, "safety": I, "robustness": P}, I),
-        ({"performance": P, "safety": I, "robustness": F}, F),
-        ({"performance": P, "safety": P}, I),
+        (dict.fromkeys(REQUIRED_GATES, P), P),
+        ({**dict.fromkeys(REQUIRED_GATES, P), "own": I}, I),
+        ({**dict.fromkeys(REQUIRED_GATES, P), "safety": I}, I),
+        ({**dict.fromkeys(REQUIRED_GATES, P), "safety": I, "robustness": F}, F),
+        ({"performance": P, "safety": P, "robustness": P, "edge_cases": P}, I),
         ({}, I),
     ],
 )
@@ -35,11 +38,21 @@ def test_a_report_survives_json_and_one_that_contradicts_itself_is_refused() -> 
         GateReport.from_json({**report.to_json(), "verdict": "pass"})
 
 
+def test_a_report_of_the_first_schema_is_judged_by_the_gates_of_its_time() -> None:
+    old = replace(_report(performance=P, safety=P, robustness=P), schema_version=1)
+    assert GateReport.from_json(old.to_json()) == old and old.verdict is P
+    assert replace(old, schema_version=2).verdict is I
+    with pytest.raises(IntegrityError, match="schema version 3, this Trimtab reads 1, 2"):
+        GateReport.from_json({**old.to_json(), "schema_version": 3})
+
+
 def test_only_a_passing_report_of_this_policy_or_a_reason_opens_the_door() -> None:
     passing = _report(**dict.fromkeys(REQUIRED_GATES, P))
     require_passing(passing, "abc", override=None, what="x")
     require_passing(_report(performance=F), "abc", override="drill", what="x")
-    with pytest.raises(GateRefused, match="performance fail: because; robustness did not run; safety did not run"):
+    with pytest.raises(
+        GateRefused, match="performance fail: because; safety did not run; robustness did not run; edge_cases did"
+    ):
         require_passing(_report(performance=F), "abc", override=None, what="x")
     with pytest.raises(GateRefused, match="no gate report"):
         require_passing(None, "abc", override="drill", what="x")

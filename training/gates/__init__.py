@@ -1,79 +1,76 @@
-"""May this policy meet traffic? Three gates, each with a three-valued verdict, and the report that binds them to the policy."""
+"""May this policy meet traffic? Gates with three-valued verdicts, and the report that binds them to the policy."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-import numpy as np
+from policies.errors import ConfigError
+from policies.verdicts import GateReport, GateResult
+from training.evaluation import Evaluation, EvaluationRequest
+from training.gates.budget import budget
+from training.gates.context import Contender, Gate, GateContext, GateRun, load_function
+from training.gates.edge_cases import edge_cases
+from training.gates.objective import reward_hacking
+from training.gates.performance import performance
+from training.gates.regression import regression
+from training.gates.robustness import robustness
+from training.gates.safety import safety
 
-from policies.distributions import Mode
-from policies.policy import Policy
-from policies.verdicts import GateReport
-from training.evaluation import Evaluation
-from training.gates.config import GatesConfig
-from training.gates.performance import judge_performance
-from training.gates.robustness import judge_robustness
-from training.gates.safety import judge_safety, load_constraint
+__all__ = ["Contender", "Gate", "GateContext", "GateRun", "run_gates"]
 
-# (policy, mode, num_episodes, seed, noise_std_D or None, keep_steps) -> rows; on the worker pool or in this process
-Evaluate = Callable[..., Evaluation]
-
-
-@dataclass(frozen=True)
-class Incumbent:
-    """What the candidate is compared with, in the mode in which it is served."""
-
-    version: int
-    policy: Policy
-    mode: Mode
+Evaluate = Callable[..., Sequence[Evaluation]]  # (*requests) -> one evaluation each; on the worker pool or in this process
 
 
-def run_gates(
-    policy: Policy,
-    *,
-    mode: Mode,
-    incumbent: Incumbent | None,
-    evaluate: Evaluate,
-    config: GatesConfig,
-    min_return: float,
-    conditions_sha256: str,
-    now: float,
-) -> tuple[GateReport, Evaluation]:
-    """Evaluate the candidate (and the incumbent on the same initial states) and judge it.
+def run_gates(context: GateContext, *, evaluate: Evaluate, conditions_sha256: str, now: float) -> tuple[GateReport, Evaluation]:
+    """Judge the candidate by all gates at once.
 
-    Returns the report and the noise-free episodes with their steps, from which golden vectors are drawn.
-    Raises `ConfigError` before anything runs when the constraint function cannot be imported.
+    Returns the report and the candidate's undisturbed episodes with their steps, from which golden vectors are drawn. Raises
+    `ConfigError` before any episode is run when a function that the settings name cannot be imported.
     """
-    constraint = load_constraint(config.safety.constraint) if config.safety.constraint else None
-    episodes = config.performance.episodes
-    clean = evaluate(policy, mode=mode, num_episodes=episodes, seed=config.seed, noise_std_D=None, keep_steps=True)
-    incumbent_returns_E = None
-    if incumbent is not None:
-        options = {"num_episodes": episodes, "seed": config.seed, "noise_std_D": None, "keep_steps": False}
-        incumbent_returns_E = evaluate(incumbent.policy, mode=incumbent.mode, **options).returns_E
-    spread_D = clean.obs_ND.std(axis=0)
-    noisy = {
-        level: evaluate(
-            policy,
-            mode=mode,
-            num_episodes=config.robustness.episodes,
-            seed=config.seed + 1 + index,
-            noise_std_D=(level * spread_D).astype(np.float32),
-            keep_steps=False,
-        ).returns_E
-        for index, level in enumerate(config.robustness.noise_levels)
+    runs = {name: gate(context) for name, gate in gates_of(context).items()}
+    results, done = drive(runs, evaluate)
+    incumbent = context.incumbent.version if context.incumbent else None
+    report = GateReport(context.candidate.policy.sha256(), conditions_sha256, now, incumbent, results)
+    return report, done[context.first_look(context.candidate)]
+
+
+def gates_of(context: GateContext) -> dict[str, Gate]:
+    """Return the gates that the settings ask for, by name; raises `ConfigError`."""
+    gates: dict[str, Gate] = {
+        "performance": performance,
+        "safety": safety,
+        "robustness": robustness,
+        "edge_cases": edge_cases,
+        "budget": budget,
     }
-    results = (
-        judge_performance(
-            clean.returns_E,
-            incumbent_returns_E,
-            min_return=min_return,
-            config=config.performance,
-            confidence=config.confidence,
-        ),
-        judge_safety(
-            constraint, clean.obs_ND, clean.actions_N, clean.episode_N, config=config.safety, confidence=config.confidence
-        ),
-        judge_robustness(float(clean.returns_E.mean()), noisy, config=config.robustness, confidence=config.confidence),
-    )
-    report = GateReport(policy.sha256(), conditions_sha256, now, incumbent.version if incumbent else None, results)
-    return report, clean
+    if context.config.regression.scenarios or context.known_scenarios:
+        gates["regression"] = regression
+    if context.config.objective is not None:
+        gates["reward_hacking"] = reward_hacking
+    for reference in context.config.own:
+        gates[reference] = load_function(reference, "gates.own")
+    return gates
+
+
+def drive(runs: dict[str, GateRun], evaluate: Evaluate) -> tuple[tuple[GateResult, ...], dict[EvaluationRequest, Evaluation]]:
+    """Run gates to their ends, round by round: what they ask for in a round is evaluated together, each request once."""
+    results: dict[str, GateResult] = {}
+    done: dict[EvaluationRequest, Evaluation] = {}
+    answers: dict[str, list[Evaluation] | None] = dict.fromkeys(runs)
+    while len(results) < len(runs):
+        wanted: dict[str, list[EvaluationRequest]] = {}
+        for name, run in runs.items():
+            if name in results:
+                continue
+            try:
+                wanted[name] = run.send(answers[name])  # type: ignore[arg-type]
+            except StopIteration as end:
+                results[name] = _checked_result(name, end.value)
+        new = list(dict.fromkeys(request for requests in wanted.values() for request in requests if request not in done))
+        done |= zip(new, evaluate(*new)) if new else ()
+        answers = {name: [done[request] for request in requests] for name, requests in wanted.items()}
+    return tuple(results[name] for name in runs), done
+
+
+def _checked_result(name: str, result: object) -> GateResult:
+    if not isinstance(result, GateResult):
+        raise ConfigError(f"gate {name} returned {type(result).__name__}; expected a policies.verdicts.GateResult")
+    return GateResult(name, result.verdict, result.reason, result.numbers)

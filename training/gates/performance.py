@@ -2,9 +2,46 @@
 
 import numpy as np
 
-from policies.verdicts import GateResult, Verdict
+from policies.verdicts import GateResult, Verdict, judged
 from training.gates.config import PerformanceConfig
-from training.gates.intervals import mean_interval
+from training.gates.context import GateContext, GateRun
+from training.gates.intervals import mean_interval, worst_mean, worst_mean_interval
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def performance(context: GateContext) -> GateRun:
+    """Look at more and more episodes until the intervals decide or the budget ends.
+
+    Each look gets an equal part of the allowed error, so that looking often does not make a wrong verdict more likely
+    (Bonferroni).
+    """
+    config = context.config.performance
+    looks = look_sizes(config.episodes, config.max_episodes)
+    confidence = 1 - (1 - context.config.confidence) / len(looks)
+    returns: list[list[np.ndarray]] = [[] for _ in context.contenders]
+    num_done, num_chunks, result = 0, 0, None
+    for size in looks:
+        requests = [context.episodes(c, size - num_done, first_chunk=num_chunks) for c in context.contenders]
+        for parts, evaluation in zip(returns, (yield requests)):
+            parts.append(evaluation.returns_E)
+        num_done, num_chunks = size, num_chunks + len(requests[0].chunks)
+        returns_E, *incumbent = (np.concatenate(parts) for parts in returns)
+        result = judge_performance(
+            returns_E, incumbent[0] if incumbent else None, min_return=context.min_return, config=config, confidence=confidence
+        )
+        if result.verdict is not Verdict.INCONCLUSIVE:
+            break
+    assert result is not None
+    return result
+
+
+def look_sizes(first: int, largest: int) -> list[int]:
+    """Return how many episodes are looked at: twice as many each time, and in the end all that are allowed."""
+    sizes = [first]
+    while sizes[-1] < largest:
+        sizes.append(min(2 * sizes[-1], largest))
+    return sizes
 
 
 def judge_performance(
@@ -17,39 +54,31 @@ def judge_performance(
 ) -> GateResult:
     """Compare the mean return with a threshold and, episode by episode on the same initial states, with the incumbent.
 
-    The paired difference removes the luck of the initial state; both rules have to pass.
+    The paired difference removes the luck of the initial state; all rules have to pass.
     """
-    absolute = mean_interval(returns_E, confidence)
+    absolute, worst = mean_interval(returns_E, confidence), worst_mean_interval(returns_E, config.worst_share, confidence)
     numbers = {
         "episodes": len(returns_E),
-        "return_mean": absolute.mean,
-        "return_low": absolute.low,
-        "return_high": absolute.high,
+        **absolute.to_json("return"),
         "return_min": float(returns_E.min()),
+        "return_quantiles": {f"{q:g}": float(np.quantile(returns_E, q)) for q in QUANTILES},
         "min_return": min_return,
+        "worst_share": config.worst_share,
+        **worst.to_json("worst_return"),
+        "min_worst_return": config.min_worst_return,
     }
-    text = f"return {absolute.mean:.1f} [{absolute.low:.1f}, {absolute.high:.1f}]"
-    if absolute.high < min_return:
-        return GateResult("performance", Verdict.FAIL, f"{text} is below {min_return:g}", numbers)
-    verdict, reason = Verdict.PASS, f"{text} reaches {min_return:g}"
-    if absolute.low < min_return:
-        verdict, reason = Verdict.INCONCLUSIVE, f"{text} does not decide on {min_return:g}; raise gates.performance.episodes"
-    if incumbent_returns_E is None:
-        return GateResult("performance", verdict, reason, numbers)
-
-    difference = mean_interval(returns_E - incumbent_returns_E, confidence)
-    allowed = -config.max_regression * abs(float(incumbent_returns_E.mean()))
-    numbers |= {
-        "incumbent_return_mean": float(incumbent_returns_E.mean()),
-        "difference_mean": difference.mean,
-        "difference_low": difference.low,
-        "difference_high": difference.high,
-        "allowed_difference": allowed,
-    }
-    text = f"difference to the incumbent {difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
-    if difference.high < allowed:
-        return GateResult("performance", Verdict.FAIL, f"{text} is below {allowed:+.1f}", numbers)
-    if difference.low < allowed:
-        undecided = f"{text} does not decide on {allowed:+.1f}; raise gates.performance.episodes"
-        return GateResult("performance", Verdict.INCONCLUSIVE, undecided, numbers)
-    return GateResult("performance", verdict, f"{reason}; {text}", numbers)
+    rules = [(absolute.at_least(min_return), f"return {absolute}, at least {min_return:g}")]
+    if config.min_worst_return is not None:
+        text = f"worst {config.worst_share:.0%} {worst}, at least {config.min_worst_return:g}"
+        rules.append((worst.at_least(config.min_worst_return), text))
+    if incumbent_returns_E is not None:
+        difference = mean_interval(returns_E - incumbent_returns_E, confidence)
+        allowed = -config.max_regression * abs(float(incumbent_returns_E.mean()))
+        numbers |= {
+            "incumbent_return_mean": float(incumbent_returns_E.mean()),
+            "incumbent_worst_return_mean": worst_mean(incumbent_returns_E, config.worst_share),
+            **difference.to_json("difference"),
+            "allowed_difference": allowed,
+        }
+        rules.append((difference.at_least(allowed), f"difference to the incumbent {difference}, at least {allowed:+.4g}"))
+    return judged("performance", rules, numbers, remedy="raise gates.performance.max_episodes")

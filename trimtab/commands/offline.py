@@ -1,6 +1,7 @@
 """The commands before traffic: train, resume, evaluate, gate, publish."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,9 +13,11 @@ from trimtab.command import (
     DEFAULT_LOOP_FILE,
     DONE,
     NEGATIVE,
+    UNDECIDED,
     AddressOption,
     Context,
     JsonOption,
+    KeyOption,
     LoopFile,
     OverrideOption,
     RunOption,
@@ -22,6 +25,7 @@ from trimtab.command import (
     StorageOption,
     console,
     escape,
+    load_key,
     open_context,
     output,
     say,
@@ -153,7 +157,7 @@ def gate(
     against: Annotated[int | None, typer.Option(help="Version to compare with; default: the champion.")] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Judge a run's best policy so far: performance, safety, robustness. Exit code 1 unless all pass."""
+    """Judge a run's best policy so far by all gates. Exit code 1 when one fails, 3 when the evidence is not enough."""
     from trimtab.pipeline import find_run, gate_run
 
     context = open_context(loop_file, sets, storage)
@@ -164,7 +168,8 @@ def gate(
         print(json.dumps({"run_id": run_id, **report.to_json()}))
     else:
         print_report(report)
-    return DONE if report.verdict is Verdict.PASS else NEGATIVE
+        say(f"model card: {context.storage.run(run_id) / 'card.html'}")
+    return {Verdict.PASS: DONE, Verdict.FAIL: NEGATIVE, Verdict.INCONCLUSIVE: UNDECIDED}[report.verdict]
 
 
 def print_report(report: GateReport) -> None:
@@ -178,12 +183,44 @@ def print_report(report: GateReport) -> None:
     console.print(table)
 
 
+def diff(
+    first: Annotated[int, typer.Argument(help="A registered version.")],
+    second: Annotated[int, typer.Argument(help="Another one.")],
+    loop_file: Annotated[Path, typer.Option("--loop", metavar="LOOP_FILE", help="The loop file.")] = DEFAULT_LOOP_FILE,
+    sets: Sets = None,
+    storage: StorageOption = None,
+    address: AddressOption = None,
+    episodes: Annotated[int, typer.Option(min=2, help="Episodes of each.")] = 128,
+    as_json: JsonOption = False,
+) -> int:
+    """Show where two versions would act differently, what each does there, and what comes of it."""
+    from trimtab.pipeline import diff_versions
+
+    context = open_context(loop_file, sets, storage)
+    with context.cluster(address):
+        found = diff_versions(context.loop, context.storage, first, second, episodes=episodes)
+    if as_json:
+        print(json.dumps({"first": first, "second": second, **found.to_json()}))
+        return DONE
+    say(f"versions {first} and {second} act differently in {found.share.mean:.1%} of an episode's states {found.share}")
+    table = Table(title="where they differ", title_justify="left", box=None, pad_edge=False)
+    for title in ("share", "observations around", f"actions of {first} → {second}", f"what follows: {second} less {first}"):
+        table.add_column(title)
+    for cluster in found.clusters:
+        centre = ", ".join(f"{value:.3g}" for value in cluster.centre_D[:8]) + (", …" if len(cluster.centre_D) > 8 else "")
+        pairs = ", ".join(f"{ours} → {theirs} ({count})" for ours, theirs, count in cluster.pairs)
+        table.add_row(f"{cluster.share:.0%}", escape(centre), escape(pairs), escape(str(cluster.value_difference or "unknown")))
+    console.print(table)
+    return DONE
+
+
 def publish(
     loop_file: LoopFile = DEFAULT_LOOP_FILE,
     sets: Sets = None,
     storage: StorageOption = None,
     run: RunOption = None,
     override_gates: OverrideOption = None,
+    key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Pack a gated run as a bundle and register it as the next version; the first passing one becomes champion."""
@@ -191,7 +228,7 @@ def publish(
 
     context = open_context(loop_file, sets, storage)
     run_id = find_run(context.storage, run)
-    published = publish_run(context.loop, context.storage, run_id, override_gates=override_gates)
+    published = publish_run(context.loop, context.storage, run_id, override_gates=override_gates, key=load_key(context, key))
     document = {
         "policy": context.loop.name,
         "version": published.version,
@@ -200,6 +237,7 @@ def publish(
         "gate_verdict": str(published.bundle.gate_report.verdict),
         "override_gates": override_gates,
         "is_champion": published.is_champion,
+        "signed_with": key,
     }
     role = "champion" if published.is_champion else f"deliver it with `trimtab release start --version {published.version}`"
     output(as_json, document, f"published version {published.version}, bundle {published.bundle.digest[:12]}; {role}")

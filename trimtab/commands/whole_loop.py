@@ -3,7 +3,20 @@
 import time
 
 from policies.errors import TrainingFailed
-from trimtab.command import DEFAULT_LOOP_FILE, DONE, AddressOption, Context, LoopFile, Sets, StorageOption, open_context, say
+from policies.trust import SigningKey
+from trimtab.command import (
+    DEFAULT_LOOP_FILE,
+    DONE,
+    AddressOption,
+    Context,
+    KeyOption,
+    LoopFile,
+    Sets,
+    StorageOption,
+    load_key,
+    open_context,
+    say,
+)
 from trimtab.commands.offline import print_report, run_training, target_missed
 from trimtab.commands.online import serve_until_stopped
 
@@ -13,6 +26,7 @@ def up(
     sets: Sets = None,
     storage: StorageOption = None,
     address: AddressOption = None,
+    key: KeyOption = None,
 ) -> int:
     """Train until the target, gate, publish, serve, and stay: the whole loop.
 
@@ -24,6 +38,7 @@ def up(
 
     start_s = time.monotonic()
     context = open_context(loop_file, sets, storage)
+    signing_key = load_key(context, key)
     read_spaces(context.loop.environment)  # a wrong environment is said before Ray starts
     with context.cluster(address) as cluster:
         say(f"Ray at {cluster.address} ({'started here' if cluster.is_local else 'joined'})")
@@ -31,14 +46,15 @@ def up(
         if cluster.is_local:
             require_free_ports(context.loop.serving)  # before the training, not after it
         if champion is None:
-            champion = _make_first_champion(context)
+            champion = _make_first_champion(context, signing_key)
         serve_until_stopped(context, cluster, champion, start_s)
     return DONE
 
 
-def _make_first_champion(context: Context) -> int:
-    from trimtab.pipeline import gate_run, has_reached_target, interrupted_run, publish_run
+def _make_first_champion(context: Context, key: SigningKey | None) -> int:
+    from trimtab.pipeline import gate_run, has_reached_target, interrupted_run, publish_run, require_key
 
+    require_key(context.loop, key)  # before the training, not after it
     run_id = interrupted_run(context.loop, context.storage)
     if run_id is None or not has_reached_target(context.storage, run_id):
         result = run_training(context, run_id=run_id, resume=run_id is not None)
@@ -48,6 +64,6 @@ def _make_first_champion(context: Context) -> int:
     else:
         say(f"run {run_id} is trained already")
     print_report(gate_run(context.loop, context.storage, run_id))
-    published = publish_run(context.loop, context.storage, run_id)
+    published = publish_run(context.loop, context.storage, run_id, key=key)
     say(f"published version {published.version}, bundle {published.bundle.digest[:12]}, champion")
     return published.version
