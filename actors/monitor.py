@@ -192,6 +192,7 @@ class Monitor:
                     "responses": _string_keys(report.responses),
                     "queue_depth": report.queue_depth,
                     "load_failures": _string_keys(report.load_failures),
+                    "endpoint": report.endpoint,
                 }
                 for came_at, report in replicas
             ],

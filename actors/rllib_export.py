@@ -33,8 +33,8 @@ from ray.rllib.utils.filter import RunningStat
 from ray.rllib.utils.numpy import MAX_LOG_NN_OUTPUT, MIN_LOG_NN_OUTPUT, SMALL_NUMBER
 
 from actors.rllib_settings import needs_flattening, observation_connectors
-from policies.bundle import MIN_GOLDEN, Golden, check_golden
 from policies.errors import ConfigError, SpaceUnsupported, TrainingFailed
+from policies.golden import Golden, check_golden
 from policies.network import MAX_LOG_STD, Architecture, Gaussian
 from policies.policy import Policy
 from policies.spaces import Numbers, Spaces
@@ -95,9 +95,7 @@ class InferencePath:
         """
         if not isinstance(self._space, gym_spaces.Box):
             obs_ND = obs_ND[:-NUM_CORNERS]  # zeros and ones everywhere are no category
-        observations = [
-            _to_observation(self._space, obs_D) for obs_D in np.resize(obs_ND, (max(len(obs_ND), MIN_GOLDEN), obs_ND.shape[1]))
-        ]
+        observations = [_to_observation(self._space, obs_D) for obs_D in obs_ND]
         seen_ND = self._encode(observations)  # as a float64 or an integer space rounds them
         divisor = self._logit_divisor(observations)
         policy, golden = self.policy(divisor), Golden(seen_ND, self.distributions(observations, divisor))

@@ -2,9 +2,10 @@
 
     python -m benchmarks.serve_latency [--repetitions 3] [--seconds 10]
 
-Three apps answer with the same numpy policy: `trimtab` (ours: key, arm, propensity, log line, HAProxy profile), `idiomatic`
-(router deployment → policy deployment with `@serve.batch`, default proxy, no key, no log) and `no_op` (a Serve app that
-answers a constant behind the same HAProxy profile: the floor). Each repetition starts each app afresh, in turn, and loads it
+Three apps answer with the same numpy policy: `trimtab` (ours: key, arm, propensity, log line, HAProxy profile), `trimtab_direct`
+(the same replica asked on its own port) and `idiomatic` (router deployment → policy deployment with `@serve.batch`, default
+proxy, no key, no log). Two answer a constant: `no_op` (a Serve app behind the same HAProxy profile) and `uvicorn` (a bare ASGI
+function, one process, without Ray). Each repetition starts each app afresh, in turn, and loads it
 with `wrk` at 1 and at 64 connections. Needs `wrk` on the PATH (`apt-get install wrk`).
 """
 
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-APPS = ("trimtab", "idiomatic", "no_op")
+APPS = ("trimtab", "trimtab_direct", "idiomatic", "no_op", "uvicorn")
 CONNECTIONS = (1, 64)
 WARM_UP_S = 3
 START_TIMEOUT_S = 120
@@ -50,13 +51,17 @@ def run_app(name: str, ready: Callable[[str, str], None]) -> None:
     """Serve the app on a local cluster, call `ready` with URL and key, and stop when standard input closes."""
     from serve_app.profile import serve_profile_environment
 
+    if name == "uvicorn":
+        return _run_uvicorn(ready)
     if name != "idiomatic":
         os.environ.update(serve_profile_environment())
     import ray
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        {"trimtab": _start_trimtab, "idiomatic": _start_idiomatic, "no_op": _start_no_op}[name](ready)
+        {"trimtab": _start_trimtab, "trimtab_direct": _start_direct, "idiomatic": _start_idiomatic, "no_op": _start_no_op}[name](
+            ready
+        )
         sys.stdin.read()
     finally:
         _stop()
@@ -85,6 +90,41 @@ def _start_trimtab(ready: Callable[[str, str], None]) -> None:
     storage = open_storage(tempfile.mkdtemp(prefix="serve-latency-"))
     publish(storage, random_policy(1), mode="sample")
     ready(start_serving(NAME, str(storage.root), ServingConfig()), storage.api_key_file.read_text())
+
+
+def _start_direct(ready: Callable[[str, str], None]) -> None:
+    import requests
+
+    def ready_there(url: str, key: str) -> None:
+        answer = requests.get(f"{url}/v1/endpoints", headers={"Authorization": f"Bearer {key}"}, timeout=10)
+        ready(answer.json()["endpoints"][0], key)
+
+    _start_trimtab(ready_there)
+
+
+def _run_uvicorn(ready: Callable[[str, str], None]) -> None:
+    import socket
+    import threading
+
+    import uvicorn
+
+    body = b'{"action":0}'
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    ready(f"http://127.0.0.1:{listener.getsockname()[1]}", "none")
+    sys.stdin.read()
+    server.should_exit = True
+    thread.join()
 
 
 def _start_idiomatic(ready: Callable[[str, str], None]) -> None:
@@ -187,10 +227,11 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             keys = ("requests_per_s", "p50_ms", "p99_ms")
             medians[f"{app}_{connections}"] = {key: statistics.median(row[key] for row in mine) for key in keys}
     ratios = {
-        f"trimtab_to_{other}_{connections}": round(
-            medians[f"trimtab_{connections}"]["requests_per_s"] / medians[f"{other}_{connections}"]["requests_per_s"], 2
+        f"{ours}_to_{other}_{connections}": round(
+            medians[f"{ours}_{connections}"]["requests_per_s"] / medians[f"{other}_{connections}"]["requests_per_s"], 2
         )
-        for other in ("idiomatic", "no_op")
+        for ours, others in (("trimtab", ("idiomatic", "no_op")), ("trimtab_direct", ("trimtab", "idiomatic", "uvicorn")))
+        for other in others
         for connections in CONNECTIONS
     }
     return {"medians": medians, "requests_per_s_ratios": ratios}

@@ -25,8 +25,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from policies.bundle import MAX_FILE_BYTES, MIN_GOLDEN, Bundle, Golden, decode_golden, require_golden
+from policies.bundle_reader import MAX_FILE_BYTES, Bundle
 from policies.errors import ConfigError, IntegrityError, NotFound
+from policies.golden import MIN_GOLDEN, Golden, decode_golden, require_golden
 from policies.integrity import canonical_json, commit_directory, parse_json, sha256_hex, temporary_directory
 from policies.policy import MAX_PARAMETERS, Policy
 

@@ -13,15 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from policies.bundle_reader import MANIFEST, MAX_FILE_BYTES
 from policies.errors import IntegrityError, NotFound, StorageError
 from policies.integrity import commit_directory, create_if_absent, make_directory, remove, temporary_directory, write_atomic
-from policies.policy import MAX_PARAMETERS
 from policies.trust import signature_path
 
 BUNDLES = "bundles"
 MAX_ENTRY_BYTES = 1 << 20  # an entry has a few hundred bytes; nobody's file makes readers run out of memory
-MAX_BUNDLE_BYTES = 4 * MAX_PARAMETERS + (256 << 20)
-MANIFEST = "manifest.json"
+MAX_BUNDLE_BYTES = sum(MAX_FILE_BYTES.values())
 
 
 class RegistryStore(Protocol):

@@ -33,3 +33,4 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     responses: dict[int, int]
     queue_depth: int
     load_failures: dict[int, str]
+    endpoint: str | None = None  # URL of its direct lane, if it has one

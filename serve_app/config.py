@@ -14,6 +14,7 @@ class ServingConfig(BaseModel):
         "127.0.0.1", description="address to listen on; 0.0.0.0 for every interface, needed when the cluster has more nodes"
     )
     port: int = Field(8000, ge=1, le=65_535, description="HTTP port of the endpoint")
+    direct_lane: bool = Field(True, description="each replica answers on a port of its own too, without Serve's proxy in between")
     num_replicas: int = Field(1, ge=1, description="more: more decisions per second, each replica holds every live version")
     num_cpus_per_replica: float = Field(0.5, ge=0, description="more: Ray packs fewer replicas onto a node")
     mode: Literal["greedy", "sample"] = Field("greedy", description="how versions published from this file act; sample: explores")

@@ -24,7 +24,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 class HttpApi:
     """The ASGI application. `files` are the dashboard's: path below /dashboard/ to content type and bytes.
 
-    `start` and `stop` are awaited with the application's own, on the event loop that answers requests.
+    `own_endpoint` returns the URL of this replica's direct lane, if it has one. `start` and `stop` are awaited with the
+    application's own, on the event loop that answers requests.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class HttpApi:
         key: ApiKey,
         counters: Counters,
         files: dict[str, tuple[bytes, bytes]],
+        own_endpoint: Callable[[], str | None],
         start: Callable[[], Awaitable[None]],
         stop: Callable[[], Awaitable[None]],
     ) -> None:
@@ -45,13 +47,15 @@ class HttpApi:
         self._status = status
         self._variants = variants
         self._key = key
-        self._counters = counters
+        self.counters = counters
+        self._own_endpoint = own_endpoint
         self._start = start
         self._stop = stop
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/decide": ("POST", self._decide),
             "/v1/feedback": ("POST", self._accept_feedback),
             "/v1/status": ("GET", self._show_status),
+            "/v1/endpoints": ("GET", self._show_endpoints),
             "/healthz": ("GET", self._is_alive),
             "/readyz": ("GET", self._is_ready),
         }
@@ -67,21 +71,33 @@ class HttpApi:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1003})
         try:
-            response = await self._route(scope["path"], scope["method"])(Request(scope, receive))
-        except RequestRefused as refusal:
-            response = _refusal(refusal)
+            response = await self.respond(scope["path"], scope["method"], Request(scope, receive))
         except ClientGone:
             return
-        except Exception as error:
-            logger.exception("event=request_failed path=%s", scope["path"])
-            response = _error(500, f"internal error: {type(error).__name__}; the replica's log has the details")
-        if scope["path"].startswith("/v1/"):
-            self._counters.count_response(response.status)
         await response.send(send)
+
+    async def respond(self, path: str, method: str, request: Request) -> Response:
+        """Return the answer to one request, and count it; raises `ClientGone`."""
+        try:
+            response = await self._route(path, method)(request)
+        except ClientGone:
+            raise
+        except Exception as error:
+            response = self.failure_response(error, path)
+        if path.startswith("/v1/"):
+            self.counters.count_response(response.status)
+        return response
+
+    def failure_response(self, error: BaseException, path: str) -> Response:
+        """Return how an exception looks on the wire."""
+        if isinstance(error, RequestRefused):
+            return _refusal(error)
+        logger.error("event=request_failed path=%s", path, exc_info=error)
+        return _error(500, f"internal error: {type(error).__name__}; the replica's log has the details")
 
     def _route(self, path: str, method: str) -> Handler:
         if path not in self._routes:
-            raise RequestInvalid(f"there is no {path}; see /v1/decide, /v1/feedback, /v1/status, /dashboard", 404)
+            raise RequestInvalid(f"there is no {path}; see /v1/decide, /v1/feedback, /v1/status, /v1/endpoints, /dashboard", 404)
         allowed, handler = self._routes[path]
         return handler if method == allowed else _wrong_method(path, allowed)
 
@@ -94,6 +110,13 @@ class HttpApi:
     async def _show_status(self, request: Request) -> Response:
         self._key.check(request.header(b"authorization"))
         return Response(200, encode(await self._status.read()))
+
+    async def _show_endpoints(self, request: Request) -> Response:
+        """Say where replicas answer directly: this one, and those that the monitor has heard of within seconds."""
+        self._key.check(request.header(b"authorization"))
+        replicas = (await self._status.read()).get("replicas", [])
+        urls = [self._own_endpoint(), *(replica.get("endpoint") for replica in replicas)]
+        return Response(200, encode({"endpoints": list(dict.fromkeys(url for url in urls if url))}))
 
     async def _is_alive(self, request: Request) -> Response:
         return Response(200, encode({"status": "alive"}))

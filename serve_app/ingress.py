@@ -76,21 +76,29 @@ class Ingress:
     async def decide(self, request: Request) -> bytes:
         """Return the answer's JSON; raises `RequestRefused` for whatever is not answered with an action."""
         started_s = time.perf_counter()
-        self._key.check(request.header(b"authorization"))  # before a byte of the body is read
-        body = decide_decoder.decode(await request.body(self._max_body_bytes))
+        self.check_key(request.header(b"authorization"))  # before a byte of the body is read
+        body = await request.body(self._max_body_bytes)
+        return encode(await self.batcher.submit(self.ask(body, started_s=started_s)))
+
+    def check_key(self, authorization: bytes | None) -> None:
+        """Raise `Unauthorized` unless the Authorization header's value is the key."""
+        self._key.check(authorization)
+
+    def ask(self, body: bytes, *, started_s: float) -> Ask:
+        """Return what a body asks for; raises `RequestRefused`."""
+        asked = decide_decoder.decode(body)
         spaces = self._snapshot().champion.policy.spaces
-        observation, mask = spaces.split_mask(body.observation, body.action_mask)
-        request_id = body.request_id or secrets.token_hex(12)
-        ask = Ask(
+        observation, mask = spaces.split_mask(asked.observation, asked.action_mask)
+        request_id = asked.request_id or secrets.token_hex(12)
+        return Ask(
             decision_id=self._decision_ids.name(request_id),
-            unit_id=body.unit_id or body.episode_id or request_id,  # an episode without a unit keeps its arm too
-            episode_id=body.episode_id,
+            unit_id=asked.unit_id or asked.episode_id or request_id,  # an episode without a unit keeps its arm too
+            episode_id=asked.episode_id,
             observation=observation,
             obs_D=spaces.check_observation(observation),
             mask_A=spaces.check_mask(mask),
             started_s=started_s,
         )
-        return encode(await self.batcher.submit(ask))
 
     def _answer_batch(self, asks: list[Ask]) -> list[DecideAnswer | Exception]:
         """Decide for all, write all down, and only then let the answers go.

@@ -5,6 +5,8 @@ import secrets
 import time
 from typing import Any
 
+import ray
+
 from policies.registry import Registry
 from policies.storage import existing_storage
 from policies.telemetry import ReplicaReport
@@ -12,6 +14,7 @@ from policies.trust import TrustStore
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
+from serve_app.direct import DirectLane
 from serve_app.feedback import FeedbackIntake
 from serve_app.http_api import HttpApi
 from serve_app.ingress import Ingress
@@ -55,9 +58,14 @@ class PolicyReplica:
             key=key,
             counters=self._counters,
             files=read_static_files(),
+            own_endpoint=lambda: self._endpoint,
             start=self._start,
             stop=self._stop,
         )
+
+        self._direct = DirectLane(self.api, self._ingress, max_body_bytes=settings.max_body_bytes)
+        self._endpoint: str | None = None
+        self._host = settings.host if settings.direct_lane else None
 
     def __serve_build_asgi_app__(self) -> HttpApi:
         """Ray Serve asks for the ASGI application by this name."""
@@ -84,15 +92,22 @@ class PolicyReplica:
             responses=dict(self._counters.responses),
             queue_depth=len(self._ingress.batcher),
             load_failures=self._variants.load_failures,
+            endpoint=self._endpoint,
         )
 
     async def _start(self) -> None:
+        if self._host is not None:
+            port = await self._direct.start(self._host)
+            everywhere = self._host == "0.0.0.0"
+            self._endpoint = f"http://{ray.util.get_node_ip_address() if everywhere else self._host}:{port}"
         self._background = [
             asyncio.create_task(self._variants.follow(), name="follow_registry"),
             asyncio.create_task(report_for_ever(self._monitor, self.report), name="report_to_monitor"),
         ]
 
     async def _stop(self) -> None:
+        await self._direct.stop()
+        self._endpoint = None
         for task in self._background:
             task.cancel()
         self._background = []

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import ray
 
+from policies.errors import ClusterError
 from policies.telemetry import ACTOR_NAMESPACE, ReplicaReport, monitor_name
 
 REPORT_INTERVAL_S = 1.0
@@ -44,6 +45,8 @@ class MonitorLink:
         return await self._call("status", timeout_s=STATUS_TIMEOUT_S)
 
     async def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        if not ray.is_initialized():  # else Ray would start a cluster of its own for the look-up
+            raise ClusterError("this process is not part of a Ray cluster")
         async with asyncio.timeout(timeout_s):
             try:
                 if self._handle is None:  # in a thread: the look-up asks Ray's GCS and blocks

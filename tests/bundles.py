@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from policies.bundle import Bundle, Golden, write_bundle
+from policies.bundle import Bundle, write_bundle
+from policies.golden import Golden
 from policies.network import Architecture, tensor_shapes
 from policies.observations import Box
 from policies.policy import Policy

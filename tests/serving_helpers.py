@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from policies.bundle import Golden, write_bundle
+from policies.bundle import write_bundle
 from policies.distributions import Mode
+from policies.golden import Golden
 from policies.network import Architecture, tensor_shapes
 from policies.policy import Policy
 from policies.records import LogTail

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from policies.bundle import Golden
 from policies.errors import IntegrityError, NotFound, UsageError
+from policies.golden import Golden
 from policies.integrity import (
     canonical_json,
     commit_directory,

@@ -31,6 +31,8 @@ class EnvironmentConfig(BaseModel):
     vectorization: Literal["auto", "sync", "async"] = Field(
         "auto", description="auto: the environment's own vectorisation or sync; async: a process per environment, for slow ones"
     )
+    observation_names: tuple[str, ...] = Field((), description="a name per feature of an observation, for people and monitors")
+    observation_units: tuple[str, ...] = Field((), description="a unit per feature; an empty one where there is none")
 
 
 class TrainingConfig(BaseModel):

@@ -176,9 +176,19 @@ class VectorEnvironment:
 
 
 def read_spaces(config: EnvironmentConfig) -> Spaces:
-    """Return what an environment's policies take and give, by making it once."""
+    """Return what an environment's policies take and give, by making it once.
+
+    Raises `ConfigError` when the settings name another number of features than an observation has.
+    """
     environment = VectorEnvironment(config, 1, seed=0)
     environment.close()
+    num_features = environment.spaces.num_features
+    for key in ("observation_names", "observation_units"):
+        if len(labels := getattr(config, key)) not in (0, num_features):
+            raise ConfigError(
+                f"environment.{key} has {len(labels)} entries, an observation has {num_features} features; give one for each, "
+                "or none at all"
+            )
     return environment.spaces
 
 

@@ -9,7 +9,7 @@ reads what is written here with TensorBoard's own reader.
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 PREFIX = "events.out.tfevents."
@@ -45,6 +45,22 @@ class EventFile:
     def _write(self, event: bytes) -> None:
         length = struct.pack("<Q", len(event))
         self._file.write(length + _checksum(length) + event + _checksum(event))
+
+
+def first_and_last_time(directory: Path) -> tuple[float, float] | None:
+    """Return the wall times between which a directory's events were written, or None where there are none."""
+    files = sorted(directory.glob(f"{PREFIX}[0-9][0-9][0-9][0-9][0-9][0-9]"))
+    times = [time_s for path in files for time_s in _wall_times(path.read_bytes())]
+    return (min(times), max(times)) if times else None
+
+
+def _wall_times(data: bytes) -> Iterator[float]:
+    """Yield the time of every whole record; each begins with it, see `EventFile`."""
+    start = 12
+    while start + 9 <= len(data):
+        yield struct.unpack_from("<d", data, start + 1)[0]
+        (length,) = struct.unpack_from("<Q", data, start - 12)
+        start += length + 16
 
 
 def _double(field: int, value: float) -> bytes:

@@ -35,6 +35,8 @@ RESUMABLE_CHANGES = {
     "keep_checkpoints",
     "patience",
     "worker_timeout_s",
+    "observation_names",
+    "observation_units",
 }
 # The saved parameters would not fit, or mean something else: not even --force goes on with these changed.
 BREAKING_CHANGES = {

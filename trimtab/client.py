@@ -10,6 +10,9 @@ import requests
 from policies.errors import ClusterError, DecisionUnknown, Overloaded, RequestInvalid, RequestRefused, Unauthorized
 
 RETRY_STATUSES = (429, 500, 502, 503, 504)
+CONNECT_TIMEOUT_S = 0.5  # to a replica's own port, which may be behind a firewall: then the endpoint is the way
+LOOK_INTERVAL_S, LOOK_TIMEOUT_S = 5.0, 1.0  # how often the endpoint is asked where the replicas are, and how long that may take
+ASIDE_S = 30.0
 FIRST_PAUSE_S = 0.05  # doubles per try: a replica that restarts is back after some of these, a full queue after one or two
 
 
@@ -21,11 +24,13 @@ class Client:
             client.feedback(decision["decision_id"], reward=1.0, final=True)
 
     A call that fails on the way is repeated with the same `request_id` until `timeout_s` is over: the same id is the same
-    decision, so repeating is safe.
+    decision, so repeating is safe. Where replicas have a direct lane the calls go there, in turn, and to the endpoint itself
+    when none answers; `direct=False` only asks the endpoint.
     """
 
-    def __init__(self, url: str, key: str, *, timeout_s: float = 5.0) -> None:
+    def __init__(self, url: str, key: str, *, timeout_s: float = 5.0, direct: bool = True) -> None:
         self._url = url.rstrip("/")
+        self._lanes = DirectLanes() if direct else None
         self._timeout_s = timeout_s
         self._session = requests.Session()
         self._session.headers["Authorization"] = f"Bearer {key}"
@@ -71,18 +76,68 @@ class Client:
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         deadline, pause_s = time.monotonic() + self._timeout_s, FIRST_PAUSE_S
         while True:
-            remaining_s = deadline - time.monotonic()
+            remaining_s = max(deadline - time.monotonic(), 0.001)
+            url = self._next_url(remaining_s)
+            is_direct = url != self._url
+            timeout = (min(CONNECT_TIMEOUT_S, remaining_s), remaining_s) if is_direct else remaining_s
             try:
-                response = self._session.request(method, self._url + path, json=body, timeout=max(remaining_s, 0.001))
+                response = self._session.request(method, url + path, json=body, timeout=timeout)
                 if response.status_code not in RETRY_STATUSES or remaining_s <= pause_s:
                     return _answer(response)
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+                if is_direct:
+                    self._lanes.set_aside(url, now_s=time.monotonic())
+                    continue  # at once: there is another way
                 if remaining_s <= pause_s:
                     raise ClusterError(f"{self._url} did not answer within {self._timeout_s:g} s: {error}") from error
             except (requests.RequestException, ValueError) as error:
                 raise RequestInvalid(f"the request cannot be sent: {error}") from error
             time.sleep(pause_s)
             pause_s *= 2
+
+    def _next_url(self, remaining_s: float) -> str:
+        """Return where the next try goes: a replica's own port, or the endpoint."""
+        if self._lanes is None or remaining_s <= 0.001:
+            return self._url
+        now_s = time.monotonic()
+        if self._lanes.are_old(now_s):
+            try:
+                response = self._session.get(f"{self._url}/v1/endpoints", timeout=min(LOOK_TIMEOUT_S, remaining_s))
+                urls = response.json()["endpoints"] if response.ok else []
+            except (requests.RequestException, ValueError, KeyError, TypeError):
+                urls = None  # the endpoint is away; the replicas may be there
+            self._lanes.replace(urls, now_s=now_s)
+        return self._lanes.next(now_s) or self._url
+
+
+class DirectLanes:
+    """The replicas' own ports that are known, used in turn; one that failed is left alone for a while."""
+
+    def __init__(self) -> None:
+        self._urls: list[str] = []
+        self._looked_s = float("-inf")
+        self._aside_until_s: dict[str, float] = {}
+        self._num_taken = 0
+
+    def are_old(self, now_s: float) -> bool:
+        return now_s - self._looked_s >= LOOK_INTERVAL_S
+
+    def replace(self, urls: list[str] | None, *, now_s: float) -> None:
+        """Take in what the endpoint says; None keeps what is known."""
+        self._looked_s = now_s
+        if urls is not None:
+            self._urls = [url.rstrip("/") for url in urls]
+
+    def set_aside(self, url: str, *, now_s: float) -> None:
+        self._aside_until_s[url] = now_s + ASIDE_S
+
+    def next(self, now_s: float) -> str | None:
+        """Return the next one's URL, or None when there is none to use."""
+        usable = [url for url in self._urls if self._aside_until_s.get(url, 0.0) <= now_s]
+        if not usable:
+            return None
+        self._num_taken += 1
+        return usable[self._num_taken % len(usable)]
 
 
 def _answer(response: requests.Response) -> dict[str, Any]:

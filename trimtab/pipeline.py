@@ -15,10 +15,12 @@ from pydantic import ValidationError
 
 from actors.controller import Progress, TrainResult, train
 from actors.worker_pool import WorkerPool
-from policies.bundle import Bundle, Golden, write_bundle
+from policies.bundle import Bundle, write_bundle
 from policies.errors import ConfigError, GateRefused, IntegrityError, NotFound, SignatureRefused
+from policies.golden import Golden
 from policies.integrity import canonical_json, parse_json, sha256_hex, write_atomic
 from policies.policy import Policy
+from policies.reference import Reference, choose_steps, decode_reference, encode_reference
 from policies.registry import Registry, RegistryState, set_champion
 from policies.storage import Storage
 from policies.trust import SigningKey
@@ -28,10 +30,11 @@ from training.config import TrainingConfig
 from training.disagreement import Disagreement, compare
 from training.environment import read_spaces
 from training.evaluation import Evaluation, EvaluationRequest
+from training.event_file import first_and_last_time
 from training.gates import Contender, GateContext, run_gates
 from training.gates.regression import scenario_names
 from training.golden import golden_inputs
-from training.metrics import read_metrics
+from training.metrics import TENSORBOARD, read_metrics
 from training.network import outputs_as_trained
 from training.runs import RESULT, RunConfig, newest_run, open_run, read_config
 from trimtab.learning_curves import read_curve
@@ -39,6 +42,7 @@ from trimtab.loop_file import LoopConfig, registry_of
 
 GATE_REPORT = "gates.json"
 GOLDEN_INPUTS = "golden_inputs.npz"
+REFERENCE = "reference.parquet"
 
 
 @dataclass(frozen=True)
@@ -170,11 +174,21 @@ def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | 
     with _evaluation_pool(loop, policy) as pool:
         report, episodes = run_gates(context, evaluate=pool.evaluate, conditions_sha256=_conditions_sha256(loop), now=time.time())
     run = storage.run(run_id)
-    np.savez(run / GOLDEN_INPUTS, **_golden_inputs(policy, episodes, loop.gates.seed))
-    write_atomic(run / GATE_REPORT, canonical_json(report.to_json()))
+    keep_judged(run, policy, report, episodes, seed=loop.gates.seed)
     for name, data in _card(loop, storage, run_id, policy, report, override_gates=None).items():
         write_atomic(run / name, data)
     return report
+
+
+def keep_judged(run: Path, policy: Policy, report: GateReport, episodes: Evaluation, *, seed: int) -> None:
+    """Write down in a run what a bundle needs of its gates: observations for golden vectors, the reference, the report.
+
+    The report is last: where it is, the others are.
+    """
+    np.savez(run / GOLDEN_INPUTS, **_golden_inputs(policy, episodes, seed))
+    reference = choose_steps(episodes.obs_ND, episodes.actions_N, episodes.rewards_N, episodes.episode_N, seed=seed)
+    write_atomic(run / REFERENCE, encode_reference(reference, policy.spaces))
+    write_atomic(run / GATE_REPORT, canonical_json(report.to_json()))
 
 
 def publish_run(
@@ -195,10 +209,14 @@ def publish_run(
     require_passing(report, policy.sha256(), override=override_gates, what=f"run {run_id} not published")
     registry = registry_of(loop, storage)
     _require_current(report, loop, registry.state(), run_id)
-    origin = _origin(loop_of_run(loop, storage, run_id), run_id, metadata)
-    version = _passing_version(registry.state(), policy) or _register(
-        loop, registry, run, policy, report, origin=origin, override_gates=override_gates
-    )
+    parents = _parents(registry.state(), report, metadata)
+    origin = _origin(loop_of_run(loop, storage, run_id), run, metadata, parents)
+    version = _passing_version(registry.state(), policy)
+    if version is None:
+        documents = _card(loop, storage, run_id, policy, report, override_gates=override_gates)
+        version = _register(
+            loop, registry, run, policy, report, origin=origin, override_gates=override_gates, documents=documents
+        )
     state = registry.state()
     if key is not None:  # after it has its number, which is signed with it; before it can become champion
         registry.sign(version, key)
@@ -232,6 +250,7 @@ def _register(
     *,
     origin: dict[str, Any],
     override_gates: str | None,
+    documents: dict[str, bytes],
 ) -> int:
     now = time.time()
     bundle = write_bundle(
@@ -243,6 +262,10 @@ def _register(
         mode=loop.serving.mode,
         origin=origin,
         created_at=now,
+        reference=_reference(run, policy),
+        documents=documents,
+        observation_names=loop.environment.observation_names,
+        observation_units=loop.environment.observation_units,
     )
     state = registry.register(bundle, now=now)
     return max(number for number, entry in state.versions.items() if entry.digest == bundle.digest)
@@ -261,7 +284,7 @@ def _require_current(report: GateReport, loop: LoopConfig, state: RegistryState,
 
 def _conditions_sha256(loop: LoopConfig) -> str:
     conditions = {
-        "environment": loop.environment.model_dump(mode="json"),
+        "environment": loop.environment.model_dump(mode="json", exclude={"observation_names", "observation_units"}),
         "gates": loop.gates.model_dump(mode="json"),
         "min_return": _min_return(loop),
         "mode": loop.serving.mode,
@@ -329,12 +352,33 @@ def _golden(run: Path, policy: Policy) -> Golden:
     return Golden(obs_ND, policy.distribution.parameters(outputs_as_trained(policy, obs_ND), masks_NA), masks_NA)
 
 
-def _origin(loop: LoopConfig, run_id: str, metadata: dict[str, Any]) -> dict[str, Any]:
+def _reference(run: Path, policy: Policy) -> Reference:
+    if not (run / REFERENCE).exists():
+        raise GateRefused(f"run {run.name} has no {REFERENCE}: it was judged by an earlier Trimtab; run `trimtab gate` again")
+    return decode_reference((run / REFERENCE).read_bytes(), policy.spaces, str(run / REFERENCE))
+
+
+def _parents(state: RegistryState, report: GateReport, metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the policy was compared with, and the run whose weights its own run went on from."""
+    parents: list[dict[str, Any]] = []
+    if report.incumbent_version is not None:
+        number = report.incumbent_version
+        parents.append({"kind": "incumbent", "version": number, "digest": state.version(number).digest})
+    if "adopted_from" in metadata:
+        parents.append({"kind": "run", **metadata["adopted_from"]})
+    return parents
+
+
+def _origin(loop: LoopConfig, run: Path, metadata: dict[str, Any], parents: list[dict[str, Any]]) -> dict[str, Any]:
     packages = ("trimtab", "ray", "torch", "numpy", "gymnasium")
+    first_s, last_s = first_and_last_time(run / TENSORBOARD) or (None, None)
     return {
-        "run_id": run_id,
+        "run_id": run.name,
+        "parents": parents,
         "checkpoint": metadata,
+        "data_range": {"env_steps": metadata.get("env_steps"), "from": first_s, "to": last_s},
         "loop": json.loads(loop.model_dump_json(exclude={"storage", "registry"})),
+        "seeds": {"training": loop.training.seed, "gates": loop.gates.seed},
         "code_commit": _code_commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},

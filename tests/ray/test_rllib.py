@@ -17,8 +17,8 @@ from ray.rllib.algorithms.ppo import PPOConfig
 from actors import rllib_algorithm, rllib_backend, rllib_environment
 from actors.controller import Progress, TrainResult
 from actors.rllib_backend import train_with_rllib
-from policies.bundle import check_golden
 from policies.errors import ClusterError, ConfigError, EnvironmentFailed, IntegrityError
+from policies.golden import NUM_GOLDEN, check_golden
 from policies.policy import Policy
 from policies.registry import Registry
 from policies.storage import Storage, open_storage
@@ -27,6 +27,7 @@ from training.checkpoint import load_checkpoint, load_golden, load_policy, read_
 from training.config import EnvironmentConfig, TrainingConfig
 from training.evaluation import EvaluationRequest, evaluate
 from training.gates.intervals import mean_interval
+from training.golden import NUM_CORNERS
 from training.network import policy_of
 from trimtab import pipeline
 from trimtab.loop_file import LoopConfig, load_loop_file
@@ -224,8 +225,8 @@ def test_the_bundles_golden_vectors_are_rllibs_and_notice_a_lost_normaliser(dqn)
     storage, _, _, _ = dqn
     run = storage.run("dqn")
     golden, (policy, _) = load_golden(run), load_policy(run)
-    # at most 256 of what five episodes met, and three corners; each distribution was computed by RLlib's module and connectors
-    assert 16 < len(golden.observations_ND) <= 259
+    # of what five episodes met, and corners; each distribution was computed by RLlib's module and connectors
+    assert len(golden.observations_ND) == NUM_GOLDEN + NUM_CORNERS
     check_golden(policy, golden)
     lost = {"normaliser.mean": np.zeros(4, np.float32), "normaliser.scale": np.ones(4, np.float32)}
     with pytest.raises(IntegrityError, match="golden vectors"):

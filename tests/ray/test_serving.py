@@ -22,6 +22,7 @@ from policies.telemetry import ACTOR_NAMESPACE, monitor_name
 from serve_app.config import ServingConfig
 from serve_app.profile import serve_profile_environment
 from tests.serving_helpers import NAME, publish, random_policy, read_new, release
+from trimtab.client import Client
 
 pytestmark = pytest.mark.ray
 
@@ -230,6 +231,23 @@ class FakeMonitor:
 
     def status(self) -> dict:
         return {"num_reports": len(self.reports), "last": self.reports[-1] if self.reports else None}
+
+
+def test_the_client_finds_the_direct_lane_and_survives_its_replica(endpoint: Endpoint) -> None:
+    def directs() -> list[str]:
+        connection = endpoint.connect()
+        connection.request("GET", "/v1/endpoints", headers={"Authorization": f"Bearer {endpoint.key}"})
+        response = connection.getresponse()
+        return json.loads(response.read())["endpoints"] if response.status == 200 else []
+
+    (direct,) = directs()
+    assert direct.startswith("http://127.0.0.1:") and direct != f"http://127.0.0.1:{endpoint.port}"
+    with Client(f"http://127.0.0.1:{endpoint.port}", endpoint.key.strip(), timeout_s=30.0) as client:
+        before = client.decide([0.1, 0.2, 0.3, 0.4], request_id="direct-1")
+        os.kill(replica_pid(), signal.SIGKILL)
+        assert client.decide([0.1, 0.2, 0.3, 0.4], request_id="direct-1") == before  # by the new replica, which makes it again
+        wait_for(lambda: directs() not in ([], [direct]), 30, "the new replica's own port")
+    assert before["decision_id"] in logged_ids(endpoint)
 
 
 def test_status_comes_from_the_monitor_and_survives_its_absence(endpoint: Endpoint) -> None:

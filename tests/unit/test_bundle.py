@@ -1,22 +1,22 @@
-"""Is a bundle refused when any byte of it is not what was packed?"""
+"""Does a bundle say what was packed, and is it refused when it is not that?"""
 
-import io
 import json
+import os
 import shutil
-import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from policies.bundle import FILES, MANIFEST, Golden, _decode_safetensors, check_golden, decode_golden, read_bundle
-from policies.errors import GateRefused, IntegrityError
+from policies.bundle import read_bundle, write_bundle
+from policies.bundle_reader import DOCUMENTS, FILES, MANIFEST, MAX_FILE_BYTES
+from policies.errors import ConfigError, GateRefused, IntegrityError
 from policies.integrity import canonical_json, parse_json, sha256_hex
-from policies.policy import Policy
+from policies.network import Architecture, Gaussian
+from policies.spaces import Numbers, Spaces
 from policies.verdicts import Verdict
-from tests.bundles import make_bundle, make_policy
+from tests.bundles import golden_as_trained, make_bundle, make_policy, make_report, policy_on
 
 
 def test_a_bundle_reads_back_as_it_was_written(tmp_path: Path) -> None:
@@ -99,54 +99,7 @@ def test_a_manifest_that_takes_back_the_override_is_refused(tmp_path: Path) -> N
         read_bundle(_rehash(bundle.path))
 
 
-def _header_with(**changes: Any) -> bytes:
-    """Return a safetensors file of two numbers, its entry changed."""
-    header = canonical_json({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}})
-    return len(header).to_bytes(8, "little") + header + bytes(8)
-
-
-def test_a_tensor_that_is_not_at_a_whole_number_of_bytes_is_refused() -> None:
-    assert _decode_safetensors(_header_with(), {"x": (2,)})["x"].tolist() == [0, 0]  # the control
-    for offsets in ([0.0, 8.0], [False, 8], [-8, 0], [8, 16], ["0", "8"], [0], None):
-        with pytest.raises(IntegrityError):
-            _decode_safetensors(_header_with(data_offsets=offsets), {"x": (2,)})
-
-
-def _packed(compression: int, **members: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, data in members.items():
-            archive.writestr(f"{name}.npy", data)
-    return buffer.getvalue()
-
-
-def _declaring(shape: tuple[int, ...]) -> bytes:
-    """Return the header of an array of this shape, and none of its numbers."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"PK",
-        _packed(zipfile.ZIP_STORED, observations=b"no array"),
-        _packed(zipfile.ZIP_STORED, observations=_declaring((1 << 50,))),
-        _packed(zipfile.ZIP_DEFLATED, observations=_declaring((2,)))[:-30] + bytes(30),
-    ],
-)
-def test_golden_vectors_that_nobody_wrote_are_refused(data: bytes) -> None:
-    with pytest.raises(IntegrityError, match=r"golden\.npz cannot be read"):
-        decode_golden(data, "golden.npz")
-
-
-def test_a_single_number_is_no_golden_vector() -> None:
-    with pytest.raises(IntegrityError, match="golden vectors have shapes"):
-        check_golden(make_policy(), Golden(np.array(1, np.float32), np.array(1.0)))
-
-
+GOLDEN_FILES = Path(__file__).parents[1] / "golden"
 NUMBERS = {"kind": "box", "shape": [1], "low": None, "high": None}
 
 
@@ -174,29 +127,144 @@ def test_a_manifest_whose_parts_do_not_fit_each_other_is_refused(tmp_path: Path,
 def test_a_manifest_that_is_no_object_is_refused(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path, make_policy())
     (bundle.path / MANIFEST).write_bytes(b"[]")
-    with pytest.raises(IntegrityError, match="files are not exactly"):
+    with pytest.raises(IntegrityError, match="schema_version is None"):
         read_bundle(bundle.path, expected_digest=sha256_hex(b"[]"))
 
 
-def test_golden_vectors_find_a_policy_without_its_normaliser() -> None:
-    policy = make_policy()
-    obs_ND = np.random.default_rng(3).standard_normal((32, 4)).astype(np.float32)
-    golden = Golden(obs_ND, policy.distributions(obs_ND))
-    check_golden(policy, golden)
-    identity = {"normaliser.mean": np.zeros(4, np.float32), "normaliser.scale": np.ones(4, np.float32)}
-    forgetful = Policy(policy.spaces, policy.architecture, {**policy.tensors, **identity})
-    with pytest.raises(IntegrityError, match="differs from its golden vectors"):
-        check_golden(forgetful, golden)
+OPTIONS = {"mode": "greedy", "origin": {}, "created_at": 1.0}
 
 
-def test_golden_vectors_with_nan_or_too_few_rows_are_refused() -> None:
+def test_every_format_that_was_ever_written_is_read_and_decides_as_then() -> None:
+    """Never made anew: each is what the code of its time wrote, and each decision what it answered."""
+    folders = sorted(path for path in GOLDEN_FILES.glob("bundle-v*"))
+    assert [folder.name for folder in folders] == ["bundle-v1", "bundle-v2"]
+    for version, folder in enumerate(folders, 1):
+        (path,) = (path for path in folder.iterdir() if path.is_dir())
+        bundle = read_bundle(path)
+        assert (bundle.manifest["schema_version"], bundle.manifest["serving_mode"]) == (version, "sample")
+        assert (bundle.golden.actions is not None) == (version > 1)
+        decisions = parse_json((folder / "decisions.json").read_bytes(), "decisions")
+        assert len({decision["sampled"] for decision in decisions}) == len({decision["greedy"] for decision in decisions}) == 2
+        for decision in decisions:
+            parameters_P = bundle.policy.distributions(np.array([decision["observation"]], np.float32))[0]
+            sampled, propensity = bundle.policy.distribution.choose(parameters_P, "sample", decision["seed"])
+            greedy, _ = bundle.policy.distribution.choose(parameters_P, "greedy", decision["seed"])
+            assert (sampled, greedy) == (decision["sampled"], decision["greedy"])
+            assert propensity == pytest.approx(decision["propensity"], abs=2e-5)  # on another machine: `GOLDEN_TOLERANCE`
+
+
+def test_an_unknown_format_is_refused_with_those_that_are_read(tmp_path: Path) -> None:
+    for version in (0, 3, True, "2", None):
+        bundle = make_bundle(tmp_path, make_policy())
+        path = _with_manifest(bundle.path, schema_version=version)
+        with pytest.raises(IntegrityError, match=r"schema_version is .*, this Trimtab reads 1 and 2"):
+            read_bundle(path)
+        shutil.rmtree(path)
+
+
+def test_documents_are_hashed_bounded_and_optional(tmp_path: Path) -> None:
     policy = make_policy()
-    obs_ND = np.zeros((32, 4), np.float32)
-    golden = Golden(obs_ND, policy.distributions(obs_ND))
-    with pytest.raises(IntegrityError, match="differs"):
-        check_golden(policy, replace(golden, distributions_NP=np.full((32, 2), np.nan)))
-    with pytest.raises(IntegrityError, match="at least 16 rows"):
-        check_golden(policy, Golden(obs_ND[:4], policy.distributions(obs_ND[:4])))
+    options = {"policy": policy, "golden": golden_as_trained(policy), "gate_report": make_report(policy), **OPTIONS}
+    without = write_bundle(tmp_path, **options)
+    card = {"card.md": b"# Card\n", "card.html": b"<h1>Card</h1>"}
+    bundle = write_bundle(tmp_path, **options, documents=card)
+    assert bundle.digest != without.digest and {name: (bundle.path / name).read_bytes() for name in DOCUMENTS} == card
+    assert sorted(bundle.manifest["files"]) == sorted((*FILES, *DOCUMENTS))
+    (bundle.path / "card.md").write_bytes(b"# Cerd\n")
+    with pytest.raises(IntegrityError, match=r"card\.md: sha256 is"):
+        read_bundle(bundle.path)
+    with pytest.raises(ConfigError, match=r"no document 'notes\.txt'; give it one of card\.html, card\.md"):
+        write_bundle(tmp_path, **options, documents={"notes.txt": b""})
+    with pytest.raises(ConfigError, match="the limit is 8388608; make it smaller"):
+        write_bundle(tmp_path, **options, documents={"card.md": bytes(MAX_FILE_BYTES["card.md"] + 1)})
+
+
+def test_a_manifest_says_in_words_what_the_network_does(tmp_path: Path) -> None:
+    policy = make_policy()
+    manifest = make_bundle(tmp_path, policy).manifest
+    assert manifest["action_distribution"] == {"kind": "categorical", "nvec": [2]}
+    assert manifest["normaliser"] == {"kind": "mean_scale", "formula": "(x - mean) * scale", "clip": None}
+    numbers = Spaces(policy.spaces.observation, Numbers(np.float32([-1, 0, 0]), np.float32([1, 2, np.inf])))
+    plain = policy_on(numbers, Architecture((4,), gaussian=Gaussian("tanh", "output"), observation_clip=5.0))
+    plain.tensors["normaliser.mean"][:], plain.tensors["normaliser.scale"][:] = 0, 1
+    bundle = write_bundle(tmp_path, policy=plain, golden=golden_as_trained(plain), gate_report=make_report(plain), **OPTIONS)
+    assert bundle.manifest["normaliser"] == {"kind": "none", "clip": 5.0}
+    assert bundle.manifest["action_distribution"] == {"kind": "normal", "size": 3, "squash": "tanh", "std": "output"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("action_distribution", {"kind": "categorical", "nvec": [3]}),
+        ("normaliser", {"kind": "none", "clip": None}),
+        ("serving_mode", "random"),
+        ("serving_mode", ["greedy"]),
+        ("override_gates", 1),
+        ("policy_sha256", "0" * 64),
+        ("files", []),
+        ("files", {"../../etc/passwd": {}}),
+        ("spaces", {"observation": "?"}),
+        ("network", None),
+    ],
+)
+def test_a_manifest_that_contradicts_the_policy_is_refused_by_its_key(tmp_path: Path, key: str, value: Any) -> None:
+    bundle = make_bundle(tmp_path, make_policy())
+    with pytest.raises(IntegrityError, match=key):
+        read_bundle(_with_manifest(bundle.path, **{key: value}))
+
+
+def test_names_of_another_number_of_features_are_refused_when_written_and_when_read(tmp_path: Path) -> None:
+    policy = make_policy(num_features=3)
+    options = {"policy": policy, "golden": golden_as_trained(policy), "gate_report": make_report(policy), **OPTIONS}
+    with pytest.raises(IntegrityError, match=r"spaces\.names is .*expected 3 texts"):
+        write_bundle(tmp_path, **options, observation_names=("a", "b"))
+    bundle = write_bundle(tmp_path, **options, observation_names=("a", "b", "c"), observation_units=("m", "", "s"))
+    assert bundle.manifest["spaces"] == {**policy.spaces.to_json(), "names": ["a", "b", "c"], "units": ["m", "", "s"]}
+    for labels in (["a", "b"], "abc", [1, 2, 3]):
+        path = _with_manifest(bundle.path, spaces={**policy.spaces.to_json(), "units": labels})
+        with pytest.raises(IntegrityError, match=r"spaces\.units is .*expected 3 texts"):
+            read_bundle(path)
+        path.rename(bundle.path)
+
+
+def test_a_directory_with_another_name_needs_the_digest(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, make_policy())
+    path = bundle.path.rename(tmp_path / "policy")
+    with pytest.raises(IntegrityError, match="must be named by the digest, or the expected digest be given"):
+        read_bundle(path)
+    assert read_bundle(path, expected_digest=bundle.digest).digest == bundle.digest
+
+
+def test_what_is_no_plain_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, make_policy())
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)):
+        (bundle.path / "gates.json").rename(tmp_path / "kept")
+        make(bundle.path / "gates.json")
+        with pytest.raises(IntegrityError, match=r"gates\.json is missing or not a plain file"):
+            read_bundle(bundle.path)
+        (bundle.path / "gates.json").rename(tmp_path / "other")
+        (tmp_path / "kept").rename(bundle.path / "gates.json")
+        shutil.rmtree(tmp_path / "other") if (tmp_path / "other").is_dir() else (tmp_path / "other").unlink()
+    assert read_bundle(bundle.path).digest == bundle.digest  # the control
+    (tmp_path / bundle.digest[::-1]).symlink_to(bundle.path)
+    with pytest.raises(IntegrityError, match="not a directory of its own"):
+        read_bundle(tmp_path / bundle.digest[::-1], expected_digest=bundle.digest)
+
+
+def test_a_file_beyond_its_limit_is_refused_unread(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, make_policy())
+    with open(bundle.path / "reference.parquet", "r+b") as file:
+        file.truncate(1 << 40)  # sparse: who read it would need a terabyte
+    with pytest.raises(IntegrityError, match=r"reference\.parquet has 1099511627776 bytes, the limit is"):
+        read_bundle(bundle.path)
+
+
+def _with_manifest(path: Path, **changes: Any) -> Path:
+    """Change keys of a manifest and rename the bundle to the digest that it has then."""
+    manifest = parse_json((path / MANIFEST).read_bytes(), "manifest") | changes
+    data = canonical_json(manifest)
+    (path / MANIFEST).write_bytes(data)
+    return path.rename(path.parent / sha256_hex(data))
 
 
 def _rehash(path: Path) -> Path:

@@ -1,11 +1,19 @@
 """Does the client tell its caller's mistakes from an endpoint that is away?"""
 
+import asyncio
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from policies.errors import ClusterError, RequestInvalid
-from trimtab.client import Client
+from policies.storage import open_storage
+from serve_app.config import ServingConfig
+from serve_app.replica import PolicyReplica
+from tests.serving_helpers import NAME, publish, random_policy
+from trimtab.client import ASIDE_S, LOOK_INTERVAL_S, Client, DirectLanes
 
 NOBODY_LISTENS = "http://127.0.0.1:9"
 
@@ -27,3 +35,62 @@ def test_a_request_that_cannot_be_sent_is_not_repeated(
 def test_an_endpoint_that_is_away_is_tried_until_the_deadline() -> None:
     with Client(NOBODY_LISTENS, "key", timeout_s=0.3) as client, pytest.raises(ClusterError, match=r"within 0\.3 s"):
         client.decide([0.0])
+
+
+def test_replicas_take_turns_and_one_that_failed_is_left_alone_for_a_while() -> None:
+    lanes = DirectLanes()
+    assert lanes.are_old(0.0) and lanes.next(0.0) is None
+    lanes.replace(["http://a:1/", "http://b:2"], now_s=0.0)
+    assert {lanes.next(0.0) for _ in range(2)} == {"http://a:1", "http://b:2"}
+    lanes.set_aside("http://a:1", now_s=1.0)
+    assert {lanes.next(2.0) for _ in range(4)} == {"http://b:2"}
+    assert {lanes.next(1.0 + ASIDE_S) for _ in range(4)} == {"http://a:1", "http://b:2"}
+    assert not lanes.are_old(LOOK_INTERVAL_S - 0.1) and lanes.are_old(LOOK_INTERVAL_S)
+    lanes.replace(None, now_s=10.0)  # the endpoint is away: what is known stays
+    assert lanes.next(100.0) is not None
+
+
+class Replicas:
+    """Two replicas of one policy, with their lanes on an event loop of their own; the first one's stands for the endpoint."""
+
+    def __init__(self, directory: Path) -> None:
+        storage = open_storage(directory)
+        publish(storage, random_policy(1))
+        self.key = storage.api_key_file.read_text().strip()
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread.start()
+        settings = ServingConfig().model_dump()
+        self.endpoint, self.other = (PolicyReplica(NAME, str(storage.root), settings) for _ in range(2))
+        self.url, other_url = (f"http://127.0.0.1:{self.run(r._direct.start('127.0.0.1'))}" for r in (self.endpoint, self.other))
+        self.endpoint._endpoint = other_url  # what GET /v1/endpoints says
+
+    def run(self, work) -> object:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
+
+    def close(self) -> None:
+        for replica in (self.endpoint, self.other):
+            self.run(replica._stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+@pytest.fixture
+def replicas(tmp_path: Path) -> Iterator[Replicas]:
+    replicas = Replicas(tmp_path / "storage")
+    yield replicas
+    replicas.close()
+
+
+def test_the_client_asks_replicas_directly_and_the_endpoint_when_they_are_gone(replicas: Replicas) -> None:
+    observation = [0.1, 0.2, 0.3, 0.4]
+    with Client(replicas.url, replicas.key) as client, Client(replicas.url, replicas.key, direct=False) as indirect:
+        first = client.decide(observation, request_id="r1")
+        assert replicas.other._counters.responses == {200: 1}
+        assert indirect.decide(observation, request_id="r1") == first  # the same id, by another way, is the same decision
+        assert replicas.endpoint._counters.responses == {200: 2}  # that one, and where the others are
+        replicas.run(replicas.other._stop())
+        assert client.decide(observation, request_id="r1") == first
+        client.feedback(first["decision_id"], reward=1.0)
+        assert replicas.endpoint._counters.responses == {200: 4}

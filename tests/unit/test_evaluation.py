@@ -71,6 +71,10 @@ def test_chunks_run_in_any_order_give_the_same_rows(mode: str):
 def test_kept_steps_are_those_of_the_rows():
     result = evaluate(CARTPOLE, EvaluationRequest(policy_for(CARTPOLE), num_episodes=10, seed=0, mode="sample", keep_steps=True))
     assert np.bincount(result.episode_N).tolist() == result.lengths_E.tolist() == result.returns_E.tolist()
+    assert (
+        result.rewards_N.dtype == np.float32
+        and np.bincount(result.episode_N, result.rewards_N).tolist() == result.returns_E.tolist()
+    )
 
 
 def test_noise_reaches_the_policy_but_not_the_record():

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies.bundle import Golden
 from policies.distributions import seed_of
 from policies.errors import IntegrityError
+from policies.golden import Golden
 from policies.network import Architecture, Gaussian, tensor_shapes
 from policies.observations import Box
 from policies.policy import Policy

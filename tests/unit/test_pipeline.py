@@ -6,18 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies.errors import GateRefused, SignatureRefused
+from policies.errors import ConfigError, GateRefused, SignatureRefused
 from policies.integrity import canonical_json, write_atomic
+from policies.reference import encode_reference, no_steps, read_reference
 from policies.registry import Registry
 from policies.storage import Storage, open_storage
 from policies.trust import SigningKey, TrustStore, create_key
 from policies.verdicts import GateReport, Verdict
 from tests.bundles import make_report
-from training.checkpoint import load_policy, save_checkpoint
+from training.checkpoint import adopt_checkpoint, load_policy, save_checkpoint
 from training.environment import read_spaces
 from training.evaluation import EvaluationRequest, evaluate
-from training.golden import NUM_GOLDEN
+from training.event_file import EventFile
+from training.golden import NUM_CORNERS, NUM_GOLDEN
 from training.learner_state import LearnerState
+from training.metrics import TENSORBOARD
 from training.network import layout_of
 from training.runs import RunConfig, create_run
 from trimtab import pipeline
@@ -58,6 +61,7 @@ def _gate(loop: LoopConfig, run: Path, verdict: Verdict = Verdict.PASS, incumben
     report: GateReport = replace(make_report(policy, verdict), conditions_sha256=conditions, incumbent_version=incumbent_version)
     write_atomic(run / pipeline.GATE_REPORT, canonical_json(report.to_json()))
     np.savez(run / pipeline.GOLDEN_INPUTS, observations=np.random.default_rng(0).normal(0, 0.1, (32, 4)).astype(np.float32))
+    write_atomic(run / pipeline.REFERENCE, encode_reference(no_steps(policy.spaces), policy.spaces))
 
 
 HERE = "tests.training_environments:"
@@ -76,13 +80,21 @@ def test_every_kind_of_policy_is_published_with_golden_vectors_of_what_it_meets(
     loop = load_loop_file(LOOP_FILE, overrides=["training.hidden=[8]", *overrides])
     run = _make_run(loop, storage)
     policy, _ = load_policy(run)
-    _gate(loop, run)
     episodes = evaluate(loop.environment, EvaluationRequest(policy, num_episodes=5, seed=1, mode="sample", keep_steps=True))
-    np.savez(run / pipeline.GOLDEN_INPUTS, **pipeline._golden_inputs(policy, episodes, seed=0))
-    golden = pipeline.publish_run(loop, storage, "r").bundle.golden
-    assert len(golden.observations_ND) == min(NUM_GOLDEN, len(episodes.obs_ND)) + 3  # and three corners
-    assert {row.tobytes() for row in golden.observations_ND[:-3]} <= {row.tobytes() for row in episodes.obs_ND}
+    report = replace(make_report(policy), conditions_sha256=pipeline._conditions_sha256(loop))
+    pipeline.keep_judged(run, policy, report, episodes, seed=0)
+    bundle = pipeline.publish_run(loop, storage, "r").bundle
+    golden, met = bundle.golden, {row.tobytes() for row in episodes.obs_ND}
+    assert len(golden.observations_ND) >= NUM_GOLDEN + NUM_CORNERS
+    assert {row.tobytes() for row in golden.observations_ND[:-NUM_CORNERS]} <= met
     assert (golden.masks_NA is not None) == policy.spaces.has_mask
+    reference = read_reference(bundle)
+    assert {row.tobytes() for row in reference.observations_ND} == met  # five episodes are fewer steps than the limit
+    returns_E = np.bincount(reference.episodes_N, reference.rewards_N)
+    assert np.allclose(returns_E, episodes.returns_E, rtol=1e-5)  # float32 sums of up to 200 rewards
+    origin = bundle.manifest["origin"]
+    assert origin["parents"] == [] and origin["seeds"] == {"training": loop.training.seed, "gates": loop.gates.seed}
+    assert origin["data_range"]["env_steps"] == 0
 
 
 def test_the_first_passing_run_becomes_champion_and_publishing_again_changes_nothing(loop: LoopConfig, storage: Storage) -> None:
@@ -138,6 +150,55 @@ def test_up_continues_a_run_with_a_checkpoint_and_the_same_settings_only(loop: L
     _make_run(loop, storage, "b")
     assert pipeline.interrupted_run(loop, storage) == "b"
     assert pipeline.interrupted_run(load_loop_file(LOOP_FILE, overrides=["training.seed=9"]), storage) is None
+
+
+def test_a_bundle_names_the_incumbent_and_the_donor_of_its_weights_as_parents(loop: LoopConfig, storage: Storage) -> None:
+    _gate(loop, _make_run(loop, storage))
+    first = pipeline.publish_run(loop, storage, "r")
+    run = _make_run(loop, storage, "child", seed=1)
+    adopt_checkpoint(run, _make_run(loop, storage, "donor", seed=2), "gen-000000")
+    _gate(loop, run, incumbent_version=1)
+    second = pipeline.publish_run(loop, storage, "child")
+    assert first.bundle.manifest["origin"]["parents"] == []
+    assert second.bundle.manifest["origin"]["parents"] == [
+        {"kind": "incumbent", "version": 1, "digest": first.bundle.digest},
+        {"kind": "run", "run_id": "donor", "generation": "gen-000000"},
+    ]
+
+
+def test_a_bundle_says_between_which_times_its_run_learned(loop: LoopConfig, storage: Storage) -> None:
+    run = _make_run(loop, storage)
+    for times in ((100.0, 130.0), (500.0, 520.0)):  # a run and its continuation
+        events = EventFile(run / TENSORBOARD, now=times[0], purge_step=0)
+        events.append(1, {"return/mean": 1.0}, now=times[1])
+        events.close()
+    (run / TENSORBOARD / "events.out.tfevents.000002").open("ab").write(b"torn")
+    _gate(loop, run)
+    bundle = pipeline.publish_run(loop, storage, "r").bundle
+    assert bundle.manifest["origin"]["data_range"] == {"env_steps": 0, "from": 100.0, "to": 520.0}
+
+
+def test_a_run_that_was_judged_without_keeping_its_steps_is_judged_again(loop: LoopConfig, storage: Storage) -> None:
+    run = _make_run(loop, storage)
+    _gate(loop, run)
+    (run / pipeline.REFERENCE).unlink()
+    with pytest.raises(GateRefused, match=r"has no reference\.parquet.*run `trimtab gate` again"):
+        pipeline.publish_run(loop, storage, "r")
+
+
+def test_names_and_units_of_features_are_in_the_bundle_and_change_neither_policy_nor_verdict(
+    loop: LoopConfig, storage: Storage
+) -> None:
+    _gate(loop, _make_run(loop, storage))
+    names = "environment.observation_names=[position, velocity, angle, spin]"
+    named = load_loop_file(LOOP_FILE, overrides=[names, "environment.observation_units=[m, m/s, rad, rad/s]"])
+    bundle = pipeline.publish_run(named, storage, "r").bundle  # judged under a loop file without them
+    assert bundle.manifest["spaces"]["names"] == ["position", "velocity", "angle", "spin"]
+    assert bundle.manifest["spaces"]["units"] == ["m", "m/s", "rad", "rad/s"]
+    assert bundle.policy.sha256() == load_policy(storage.run("r"))[0].sha256()
+    short = load_loop_file(LOOP_FILE, overrides=["environment.observation_names=[position]"])
+    with pytest.raises(ConfigError, match="observation_names has 1 entries, an observation has 4 features"):
+        read_spaces(short.environment)
 
 
 def test_a_loop_that_requires_signatures_publishes_with_a_key_only(storage: Storage) -> None:

@@ -30,7 +30,7 @@ def test_one_changed_byte_anywhere_is_found(tmp_path: Path) -> None:
     """Each file of the registry, at 40 places chosen by a seed and at both ends."""
     registry = make_registry(tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 2 + 4
+    assert len(files) == 2 + 5
     rng = np.random.default_rng(1)
     for path in files:
         original = path.read_bytes()
@@ -42,7 +42,7 @@ def test_one_changed_byte_anywhere_is_found(tmp_path: Path) -> None:
     assert verify(registry, NO_KEYS).problems == ()  # the control
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "gates.json", "golden.npz", "policy.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "gates.json", "golden.npz", "policy.safetensors", "reference.parquet"])
 def test_a_missing_or_additional_file_of_a_bundle_is_found(tmp_path: Path, name: str) -> None:
     registry = make_registry(tmp_path)
     path = registry.bundles / registry.state().version(1).digest

@@ -13,13 +13,13 @@ from gymnasium import spaces as gym_spaces
 
 from actors.rllib_export import InferencePath
 from actors.rllib_settings import passed_settings, rllib_config
-from policies.bundle import MIN_GOLDEN, check_golden
 from policies.errors import ConfigError, IntegrityError, SpaceUnsupported, TrainingFailed
+from policies.golden import NUM_GOLDEN, check_golden
 from policies.network import Architecture, Gaussian
 from policies.policy import Policy
 from policies.spaces import Spaces
 from training.config import RLLIB_OFFLINE, EnvironmentConfig, TrainingConfig
-from training.golden import golden_inputs
+from training.golden import NUM_CORNERS, golden_inputs
 from training.vectorization import make_single
 from trimtab.loop_file import LoopConfig, load_loop_file
 
@@ -115,7 +115,7 @@ def test_policy_gives_rllibs_distributions_and_rllibs_greedy_actions(algorithm: 
     if normalises:
         learn_normaliser(path)
     policy, golden = path.export(met(path))
-    assert len(golden.observations_ND) == 256 + 3
+    assert len(golden.observations_ND) == NUM_GOLDEN + NUM_CORNERS
     assert np.ptp(golden.distributions_NP, axis=0).max() > 1e-3  # it does depend on the observation
     check_golden(policy, golden)
 
@@ -342,5 +342,5 @@ def test_weights_that_are_not_finite_are_no_policy():
 def test_golden_vectors_of_very_short_episodes_are_enough_for_a_bundle():
     path = path_of("PPO")
     policy, golden = path.export(met(path, num_rows=2))
-    assert len(golden.observations_ND) == MIN_GOLDEN
+    assert len(golden.observations_ND) == NUM_GOLDEN + NUM_CORNERS
     check_golden(policy, golden)

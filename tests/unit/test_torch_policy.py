@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from policies.bundle import require_golden
 from policies.errors import IntegrityError
+from policies.golden import require_golden
 from policies.network import Architecture, Gaussian
 from policies.policy import Policy
 from policies.spaces import Choices

@@ -1,0 +1,307 @@
+"""The direct lane: a replica answers the same requests on a port of its own, with nothing between the socket and the batch.
+
+Ray Serve's way leads through HAProxy and an HTTP server; each costs as much as a decision. This one is an HTTP/1.1 front of
+httptools callbacks on the replica's event loop. What arrives within one turn of the loop is one batch, as on the other way.
+"""
+
+import asyncio
+import time
+from collections import deque
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+import httptools
+
+from policies.errors import RequestInvalid, RequestRefused
+from serve_app.asgi import JSON, Request, Response
+from serve_app.http_api import HttpApi
+from serve_app.ingress import Ingress
+from serve_app.wire import DecideAnswer, encode
+
+MAX_HEADER_BYTES = 32 << 10
+MAX_CONNECTIONS = 4096
+MAX_PIPELINED = 64  # requests of one connection that wait for their turn; then it is not read from any more
+REQUEST_TIMEOUT_S = 10.0  # for a request to arrive whole, once its first byte has
+IDLE_TIMEOUT_S = 75.0
+SWEEP_INTERVAL_S = 1.0
+
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_OK_JSON = _STATUS_LINES[200] + b"content-type: application/json\r\ncontent-length: "
+
+
+class DirectLane:
+    """A listening socket and its connections. `start` returns the port, `stop` closes everything."""
+
+    def __init__(self, api: HttpApi, ingress: Ingress, *, max_body_bytes: int) -> None:
+        self.api = api
+        self.ingress = ingress
+        self.max_body_bytes = max_body_bytes
+        self.connections: set[Connection] = set()
+        self.port: int | None = None
+        self._server: asyncio.Server | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def start(self, host: str, port: int = 0) -> int:
+        """Listen; port 0 is any free one."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: Connection(self, loop), host, port, backlog=1024)
+        self.port = self._server.sockets[0].getsockname()[1]
+        self._sweep = loop.call_later(SWEEP_INTERVAL_S, self._close_the_slow, loop)
+        return self.port
+
+    async def stop(self) -> None:
+        if self._server is None:
+            return
+        self._server.close()
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for connection in list(self.connections):
+            connection.close_when_answered()
+        self._server = self.port = None
+
+    def _close_the_slow(self, loop: asyncio.AbstractEventLoop) -> None:
+        """One look at all connections each second instead of a timer for each request."""
+        now_s = loop.time()
+        for connection in list(self.connections):
+            connection.close_if_slow(now_s)
+        self._sweep = loop.call_later(SWEEP_INTERVAL_S, self._close_the_slow, loop)
+
+
+class Received(NamedTuple):
+    """A request that arrived whole."""
+
+    method: str
+    path: str
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    keeps_open: bool
+    started_s: float
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection: requests are answered one after the other, in their order."""
+
+    def __init__(self, lane: DirectLane, loop: asyncio.AbstractEventLoop) -> None:
+        self._lane = lane
+        self._loop = loop
+        self._parser = httptools.HttpRequestParser(self)
+        self._waiting: deque[Received | Response] = deque()  # a Response is a refusal: the last there is on this connection
+        self._is_answering = False
+        self._is_taking = False
+        self._is_refused = False
+        self._is_stopping = False
+        self._is_paused = False
+        self._is_unread = False  # the client does not read its answers
+        self._since_s: float | None = None  # the first byte of a request that is not whole yet
+        self._idle_since_s = loop.time()
+        self._begin()
+
+    # --- asyncio's side ---
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        if len(self._lane.connections) >= MAX_CONNECTIONS:
+            self._refuse(_error(503, f"{MAX_CONNECTIONS} connections are open, the limit; try again in a moment"))
+        self._lane.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._is_refused = True  # it was answered as if it had not asked for another protocol, and is the last one
+        except httptools.HttpParserError as error:
+            cause = error.__context__  # httptools wraps what its callbacks raise
+            is_ours = isinstance(cause, RequestRefused)
+            self._refuse(self._lane.api.failure_response(cause, "") if is_ours else _error(400, f"this is not HTTP/1.1: {error}"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._is_refused = True
+        self._waiting.clear()
+        self._lane.connections.discard(self)
+
+    def pause_writing(self) -> None:
+        self._is_unread = True
+        self._pause_or_resume()
+
+    def resume_writing(self) -> None:
+        self._is_unread = False
+        self._pause_or_resume()
+
+    # --- httptools' side ---
+
+    def on_message_begin(self) -> None:
+        self._since_s = self._loop.time()
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        self._count_header_bytes(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_header_bytes(len(name) + len(value))
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """Refuse what will be refused before its body is read."""
+        headers = dict(reversed(self._headers))  # of several, the first one counts
+        if int(headers.get(b"content-length", 0)) > self._lane.max_body_bytes:
+            raise _too_large(self._lane.max_body_bytes)
+        if self._parser.get_method() == b"POST":
+            self._lane.ingress.check_key(headers.get(b"authorization"))
+        if headers.get(b"expect", b"").lower() == b"100-continue":
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self._body_size += len(body)
+        if self._body_size > self._lane.max_body_bytes:
+            raise _too_large(self._lane.max_body_bytes)
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        path = self._url.partition(b"?")[0].decode("latin-1")
+        self._waiting.append(
+            Received(
+                self._parser.get_method().decode(),
+                path,
+                self._headers,
+                body,
+                self._parser.should_keep_alive() and not self._parser.should_upgrade(),
+                time.perf_counter(),
+            )
+        )
+        self._since_s = None
+        self._begin()
+        self._answer_next()
+        self._pause_or_resume()
+
+    # --- answering ---
+
+    def _answer_next(self) -> None:
+        """Take requests until one is being answered; those that are refused at once are over before this returns."""
+        if self._is_taking:
+            return
+        self._is_taking = True
+        while self._waiting and not self._is_answering:
+            self._take(self._waiting.popleft())
+        self._is_taking = False
+
+    def _take(self, received: Received | Response) -> None:
+        if isinstance(received, Response):
+            self._write(received, closes=True)
+            self._transport.close()
+        elif received.path == "/v1/decide" and received.method == "POST":
+            self._is_answering = True
+            self._decide(received)
+        else:
+            self._is_answering = True
+            task = self._loop.create_task(self._lane.api.respond(received.path, received.method, _as_request(received)))
+            task.add_done_callback(lambda done: done.cancelled() or self._send(done.result(), received))
+
+    def _decide(self, received: Received) -> None:
+        """The short way for the one request that matters: no task, no coroutine."""
+        try:
+            ask = self._lane.ingress.ask(received.body, started_s=received.started_s)
+            future = self._lane.ingress.batcher.submit(ask)
+        except Exception as error:
+            return self._send_counted(self._lane.api.failure_response(error, received.path), received)
+        future.add_done_callback(lambda done: self._decided(done, received))
+
+    def _decided(self, done: "asyncio.Future[DecideAnswer]", received: Received) -> None:
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is not None:
+            return self._send_counted(self._lane.api.failure_response(error, received.path), received)
+        self._send_counted(Response(200, encode(done.result())), received)
+
+    def _send_counted(self, response: Response, received: Received) -> None:
+        self._lane.api.counters.count_response(response.status)
+        self._send(response, received)
+
+    def _send(self, response: Response, received: Received) -> None:
+        if self._transport.is_closing():
+            return
+        closes = self._is_stopping or not received.keeps_open or (b"connection", b"close") in response.headers
+        self._write(response, closes=closes, has_body=received.method != "HEAD")
+        if closes:
+            self._waiting.clear()
+            return self._transport.close()
+        self._is_answering = False
+        self._idle_since_s = self._loop.time()
+        self._answer_next()
+        self._pause_or_resume()
+
+    def _write(self, response: Response, *, closes: bool, has_body: bool = True) -> None:
+        body = response.body
+        if response.status == 200 and response.content_type is JSON and not response.headers and not closes and has_body:
+            return self._transport.write(b"%b%d\r\n\r\n%b" % (_OK_JSON, len(body), body))  # nearly every answer
+        headers = [(b"content-type", response.content_type), (b"content-length", b"%d" % len(body)), *response.headers]
+        if closes and (b"connection", b"close") not in headers:
+            headers.append((b"connection", b"close"))
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+        self._transport.write(_STATUS_LINES[response.status] + lines + b"\r\n" + (body if has_body else b""))
+
+    def _refuse(self, response: Response) -> None:
+        """Answer what is no request, after those before it, and close: where the next one would begin is not known."""
+        self._is_refused = True
+        self._since_s = None
+        self._lane.api.counters.count_response(response.status)
+        self._waiting.append(response)
+        self._answer_next()
+
+    # --- bounds ---
+
+    def close_if_slow(self, now_s: float) -> None:
+        if self._since_s is not None and now_s - self._since_s > REQUEST_TIMEOUT_S and not self._is_answering:
+            self._refuse(_error(408, f"the request did not arrive within {REQUEST_TIMEOUT_S:g} s"))
+        elif self._since_s is None and not self._is_answering and now_s - self._idle_since_s > IDLE_TIMEOUT_S:
+            self._transport.close()
+
+    def close_when_answered(self) -> None:
+        """Answer what is being answered, and nothing after it."""
+        self._waiting.clear()
+        self._is_refused = self._is_stopping = True
+        if not self._is_answering:
+            self._transport.close()
+
+    def _begin(self) -> None:
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._body: list[bytes] = []
+        self._body_size = self._header_size = 0
+
+    def _count_header_bytes(self, num_bytes: int) -> None:
+        self._header_size += num_bytes
+        if self._header_size > MAX_HEADER_BYTES:
+            raise RequestInvalid(f"the headers are larger than {MAX_HEADER_BYTES} bytes, the limit", 431)
+
+    def _pause_or_resume(self) -> None:
+        """Read no more from a client that sends without waiting, or does not read its answers."""
+        pauses = self._is_unread or len(self._waiting) >= MAX_PIPELINED
+        if pauses == self._is_paused or self._transport.is_closing():
+            return
+        self._is_paused = pauses
+        if pauses:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+
+def _too_large(max_bytes: int) -> RequestInvalid:
+    return RequestInvalid(f"the body is larger than {max_bytes} bytes, the limit", 413)
+
+
+def _error(status: int, message: str) -> Response:
+    return Response(status, encode({"error": {"status": status, "message": message}}))
+
+
+def _as_request(received: Received) -> Request:
+    """Return a request as the application takes it from Serve; its body is there already."""
+    messages = iter([{"type": "http.request", "body": received.body, "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        return next(messages, {"type": "http.disconnect"})
+
+    return Request({"type": "http", "path": received.path, "method": received.method, "headers": received.headers}, receive)

@@ -1,0 +1,302 @@
+"""The direct lane: real sockets and real HTTP clients get the same answers as through Serve, and misuse is bounded."""
+
+import asyncio
+import http.client
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from policies.records import Decision, LogTail
+from policies.storage import Storage, open_storage
+from serve_app import direct
+from serve_app.config import ServingConfig
+from serve_app.replica import PolicyReplica
+from tests.serving_helpers import NAME, call, publish, random_policy, read_new
+
+OBSERVATION = [0.1, -0.2, 0.3, -0.4]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    storage = open_storage(tmp_path / "storage")
+    publish(storage, random_policy(1))
+    return storage
+
+
+@asynccontextmanager
+async def lane_of(storage: Storage, **config: object) -> AsyncIterator[tuple[PolicyReplica, int]]:
+    replica = PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
+    port = await replica._direct.start("127.0.0.1")
+    try:
+        yield replica, port
+    finally:
+        await replica._stop()
+
+
+def run(storage: Storage, scenario: Callable[[PolicyReplica, int], Awaitable[Any]], **config: object) -> Any:
+    async def within() -> Any:
+        async with lane_of(storage, **config) as (replica, port), asyncio.timeout(30):
+            return await scenario(replica, port)
+
+    return asyncio.run(within())
+
+
+def key_of(storage: Storage) -> str:
+    return storage.api_key_file.read_text().strip()
+
+
+def raw_request(storage: Storage, body: dict[str, Any] | bytes, *, path: str = "/v1/decide", extra: str = "") -> bytes:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key_of(storage)}\r\n{extra}"
+    return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
+
+
+async def exchange(port: int, data: bytes, *, num_answers: int) -> tuple[list[tuple[int, dict[str, str], Any]], bool]:
+    """Send bytes on one connection; return the answers (status, headers, document) and whether the other side closed it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    answers = [await read_answer(reader) for _ in range(num_answers)]
+    try:
+        closed = await asyncio.wait_for(reader.read(1), 0.2) == b""
+    except TimeoutError:
+        closed = False
+    writer.close()
+    return answers, closed
+
+
+async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], Any]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    first, *lines = head.strip().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    body = await reader.readexactly(int(headers.get("content-length", 0)))
+    return int(first.split()[1]), headers, json.loads(body) if body else None
+
+
+def logged(storage: Storage) -> list[Decision]:
+    return read_new(LogTail(storage.decisions(NAME), Decision))
+
+
+def test_both_ways_give_the_same_decision_and_log_it(storage: Storage) -> None:
+    body = {"observation": OBSERVATION, "request_id": "r1", "unit_id": "u1"}
+
+    async def scenario(replica: PolicyReplica, port: int) -> tuple[Any, Any]:
+        through_serve = await call(replica.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key_of(storage))
+        (direct_answer,), _ = await exchange(port, raw_request(storage, body), num_answers=1)
+        return through_serve.json(), direct_answer
+
+    through_serve, (status, _, document) = run(storage, scenario)
+    assert status == 200 and document == through_serve
+    first, second = logged(storage)
+    assert first.decision_id == second.decision_id and first.propensity == second.propensity
+
+
+def test_every_path_of_the_endpoint_is_there_for_a_usual_client(storage: Storage) -> None:
+    async def scenario(replica: PolicyReplica, port: int) -> None:
+        replica._endpoint = f"http://127.0.0.1:{port}"
+        async with aiohttp.ClientSession(
+            f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key_of(storage)}"}
+        ) as http:
+            decision = await (await http.post("/v1/decide", json={"observation": OBSERVATION})).json()
+            feedback = await http.post("/v1/feedback", json={"decision_id": decision["decision_id"], "reward": 1.0})
+            assert feedback.status == 200
+            assert (await (await http.get("/v1/endpoints")).json()) == {"endpoints": [f"http://127.0.0.1:{port}"]}
+            assert (await (await http.get("/v1/status")).json())["champion"] == 1
+            for path, status in (
+                ("/healthz", 200),
+                ("/readyz", 200),
+                ("/dashboard", 200),
+                ("/nowhere", 404),
+                ("/v1/decide", 405),
+            ):
+                assert (await http.get(path)).status == status
+            chunked = await http.post("/v1/decide", data=_pieces(json.dumps({"observation": OBSERVATION}).encode()))
+            assert chunked.status == 200
+            assert (await http.head("/healthz")).status == 405
+        assert replica._counters.responses == {200: 5, 405: 1}  # those of /v1
+
+    run(storage, scenario)
+    assert len(logged(storage)) == 2
+
+
+async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+    for index in range(0, len(data), 7):
+        yield data[index : index + 7]
+
+
+def test_the_standard_librarys_client_keeps_its_connection(storage: Storage) -> None:
+    async def scenario(replica: PolicyReplica, port: int) -> list[int]:
+        def talk() -> list[int]:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            statuses, sockets = [], set()
+            for _ in range(3):
+                connection.request("POST", "/v1/decide", json.dumps({"observation": OBSERVATION}), _auth(storage))
+                response = connection.getresponse()
+                response.read()
+                statuses.append(response.status)
+                sockets.add(connection.sock)
+            connection.close()
+            assert len(sockets) == 1
+            return statuses
+
+        return await asyncio.to_thread(talk)
+
+    assert run(storage, scenario) == [200] * 3
+
+
+def _auth(storage: Storage) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key_of(storage)}"}
+
+
+def test_pipelined_requests_are_answered_in_their_order(storage: Storage) -> None:
+    """Good ones, bad ones and other paths in one write: the answer to each is in its place."""
+    bodies = [{"observation": OBSERVATION, "request_id": f"r{n}"} if n % 3 else {"wrong": n} for n in range(200)]
+    data = b"".join(raw_request(storage, body) for body in bodies) + b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+    answers, closed = run(storage, lambda replica, port: exchange(port, data, num_answers=201))
+    assert [status for status, _, _ in answers] == [200 if n % 3 else 422 for n in range(200)] + [200] and not closed
+    assert [document["decision_id"].split(".")[0] for status, _, document in answers[:200] if status == 200] == [
+        f"r{n}" for n in range(200) if n % 3
+    ]
+    assert answers[-1][2] == {"status": "alive"}
+    assert len(logged(storage)) == sum(n % 3 > 0 for n in range(200))
+
+
+def test_what_arrives_together_is_one_batch(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    async def scenario(replica: PolicyReplica, port: int) -> None:
+        handle = replica._ingress.batcher._handle
+        replica._ingress.batcher._handle = lambda asks: (sizes.append(len(asks)), handle(asks))[1]
+        connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(16)]
+        for _, writer in connections:
+            writer.write(raw_request(storage, {"observation": OBSERVATION}))
+        for reader, writer in connections:
+            assert (await read_answer(reader))[0] == 200
+            writer.close()
+
+    run(storage, scenario)
+    assert sum(sizes) == 16 and len(sizes) < 8
+
+
+REFUSED = {
+    "no key": (b"POST /v1/decide HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n", 401),
+    "too large, as it says": (b"POST /v1/decide HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n", 413),
+    "not HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    "a length that is no number": (b"POST /v1/decide HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n", 400),
+    "two lengths": (b"POST /v1/decide HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab", 400),
+    "length and chunks": (
+        b"POST /v1/decide HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        400,
+    ),
+    "too many headers": (b"GET /healthz HTTP/1.1\r\n" + b"x: " + b"y" * 40_000 + b"\r\n\r\n", 431),
+    "a path without end": (b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n\r\n", 431),
+    "an upgrade, which is ignored": (b"GET / HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n", 404),
+}
+
+
+@pytest.mark.parametrize(("data", "status"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_request_is_refused_and_the_connection_closed(storage: Storage, data: bytes, status: int) -> None:
+    async def scenario(replica: PolicyReplica, port: int) -> Any:
+        behind = await exchange(port, b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n" + data, num_answers=2)
+        return await exchange(port, data, num_answers=1), behind
+
+    ((alone,), closed), ((before, after), closed_too) = run(storage, scenario)
+    assert alone[0] == status and alone[2]["error"]["status"] == status and alone[1]["connection"] == "close"
+    assert (before[0], after[0]) == (200, status)  # behind a good request, it is answered in its place
+    assert closed and closed_too
+
+
+def test_a_body_that_grows_over_the_limit_is_refused(storage: Storage) -> None:
+    head = f"POST /v1/decide HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key_of(storage)}\r\ntransfer-encoding: chunked\r\n\r\n"
+    data = head.encode() + b"".join(b"400\r\n" + b"x" * 0x400 + b"\r\n" for _ in range(3))
+    ((answer,), closed) = run(storage, lambda replica, port: exchange(port, data, num_answers=1), max_body_bytes=2048)
+    assert answer[0] == 413 and closed
+
+
+def test_old_clients_and_those_that_ask_first_are_served(storage: Storage) -> None:
+    old = raw_request(storage, {"observation": OBSERVATION}).replace(b"HTTP/1.1", b"HTTP/1.0")
+    ((answer,), closed) = run(storage, lambda replica, port: exchange(port, old, num_answers=1))
+    assert answer[0] == 200 and closed
+    asking = raw_request(storage, {"observation": OBSERVATION}, extra="expect: 100-continue\r\n")
+    ((go_on, answer), closed) = run(storage, lambda replica, port: exchange(port, asking, num_answers=2))
+    assert go_on[0] == 100 and answer[0] == 200 and not closed
+
+
+def test_a_request_that_never_ends_and_a_silent_connection_are_closed(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "REQUEST_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(direct, "IDLE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(direct, "SWEEP_INTERVAL_S", 0.1)
+
+    async def scenario(replica: PolicyReplica, port: int) -> tuple[Any, bytes]:
+        slow, silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        slow[1].write(raw_request(storage, {"observation": OBSERVATION})[:-1])
+        answer, rest = await read_answer(slow[0]), await silent[0].read()
+        for _, writer in (slow, silent):
+            writer.close()
+        return answer, rest
+
+    (status, _, _), rest = run(storage, scenario)
+    assert status == 408 and rest == b""
+
+
+def test_a_client_that_does_not_read_stops_being_read(storage: Storage) -> None:
+    """Requests without end, answers unread: what the replica holds for it is bounded, and others are served meanwhile."""
+
+    async def scenario(replica: PolicyReplica, port: int) -> None:
+        greedy = socket.create_connection(("127.0.0.1", port))
+        greedy.setblocking(False)
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        requests, num_refused_in_a_row = raw_request(storage, {"observation": OBSERVATION}) * 100, 0
+        unsent = requests
+        while num_refused_in_a_row < 50:  # half a second in which nothing was read from it
+            try:
+                unsent = unsent[greedy.send(unsent) :] or requests
+                num_refused_in_a_row = 0
+            except BlockingIOError:
+                num_refused_in_a_row += 1
+            await asyncio.sleep(0.01)
+        (connection,) = replica._direct.connections
+        assert connection._is_paused and connection._transport.get_write_buffer_size() < 1 << 20
+        (answer,), _ = await exchange(port, raw_request(storage, {"observation": OBSERVATION}), num_answers=1)
+        assert answer[0] == 200
+        greedy.close()
+
+    run(storage, scenario)
+
+
+def test_connections_beyond_the_limit_are_told_so(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "MAX_CONNECTIONS", 1)
+
+    async def scenario(replica: PolicyReplica, port: int) -> Any:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(0.05)
+        found = await exchange(port, b"", num_answers=1)
+        writer.close()
+        return found
+
+    ((status, _, _),), closed = run(storage, scenario)
+    assert status == 503 and closed
+
+
+def test_stopping_answers_what_was_asked_and_takes_nothing_more(storage: Storage) -> None:
+    async def scenario(replica: PolicyReplica, port: int) -> Any:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        idle_reader, idle_writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(raw_request(storage, {"observation": OBSERVATION}))
+        while not any(connection._is_answering for connection in replica._direct.connections):
+            await asyncio.sleep(0)
+        await replica._direct.stop()
+        answer, rest, silence = await read_answer(reader), await reader.read(), await idle_reader.read()
+        with pytest.raises(OSError):
+            await asyncio.open_connection("127.0.0.1", port)
+        for used in (writer, idle_writer):
+            used.close()
+        return answer, rest, silence
+
+    (status, headers, _), rest, silence = run(storage, scenario)
+    assert status == 200 and headers["connection"] == "close" and rest == silence == b""
