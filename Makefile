@@ -24,7 +24,9 @@ bench: $(VENV)/.bench  ## the benchmarks of speed, one after the other; nothing 
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.serve_latency
+	$(BIN)/python -m benchmarks.gates
 	$(BIN)/python -m benchmarks.bundle
+	$(BIN)/python -m benchmarks.exports
 
 bench-learning: $(VENV)/.bench  ## how well policies learn, about 40 minutes; `make test` has a quick subset
 	$(BIN)/python -m benchmarks.learning

@@ -210,7 +210,8 @@ def publish_run(
     registry = registry_of(loop, storage)
     _require_current(report, loop, registry.state(), run_id)
     parents = _parents(registry.state(), report, metadata)
-    origin = _origin(loop_of_run(loop, storage, run_id), run, metadata, parents)
+    # Its own settings, not those the loop file has by now (or had overridden for `train` alone).
+    origin = _origin(loop.model_copy(update={"training": read_config(run).training}), run, metadata, parents)
     version = _passing_version(registry.state(), policy)
     if version is None:
         documents = _card(loop, storage, run_id, policy, report, override_gates=override_gates)
@@ -313,7 +314,8 @@ def _card(
     """Return the files of the model card."""
     from trimtab.card import Facts, card_files  # here, not above: it draws, and matplotlib takes half a second
 
-    run, training = storage.run(run_id), loop_of_run(loop, storage, run_id).training
+    run = storage.run(run_id)
+    training = read_config(run).training
     _, state = load_policy(run)
     origin = {
         "run": run_id,

@@ -166,6 +166,17 @@ def test_a_bundle_names_the_incumbent_and_the_donor_of_its_weights_as_parents(lo
     ]
 
 
+def test_a_bundle_says_with_which_settings_its_run_learned_whatever_the_loop_file_says_now(storage: Storage) -> None:
+    trained_with = load_loop_file(LOOP_FILE, overrides=["training.seed=7", "training.lr=0.002", "training.hidden=[8]"])
+    _gate(trained_with, _make_run(trained_with, storage))
+    loop_now = load_loop_file(LOOP_FILE, overrides=["training.hidden=[8]"])
+    bundle = pipeline.publish_run(loop_now, storage, "r").bundle
+    origin = bundle.manifest["origin"]
+    assert origin["seeds"]["training"] == origin["loop"]["training"]["seed"] == 7
+    assert origin["loop"]["training"]["lr"] == 0.002 != loop_now.training.lr
+    assert "| seed | 7 |" in (bundle.path / "card.md").read_text()
+
+
 def test_a_bundle_says_between_which_times_its_run_learned(loop: LoopConfig, storage: Storage) -> None:
     run = _make_run(loop, storage)
     for times in ((100.0, 130.0), (500.0, 520.0)):  # a run and its continuation

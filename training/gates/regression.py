@@ -59,7 +59,7 @@ def judge_regression(
         if name not in here:
             text = f"{name}: the incumbent had to pass this scenario; add it to gates.regression.scenarios, or to `retired`"
             rules.append((Verdict.INCONCLUSIVE, text))
-    return judged("regression", rules, {"scenarios": rows, "retired": config.retired})
+    return judged("regression", rules, {"scenarios": rows, "retired": config.retired}, remedy="raise the scenario's episodes")
 
 
 def scenario_names(result: GateResult | None) -> tuple[str, ...]:
