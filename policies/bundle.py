@@ -78,6 +78,9 @@ def write_bundle(
             "files": {name: {"sha256": sha256_hex(data), "size_bytes": len(data)} for name, data in contents.items()},
         }
     )
+    for name, data in contents.items():  # before anything is written: nobody could read it
+        if len(data) > MAX_FILE_BYTES[name]:
+            raise ConfigError(f"{name} of this bundle would have {len(data)} bytes, the limit is {MAX_FILE_BYTES[name]}")
     return read_bundle(_commit(parent, contents))
 
 

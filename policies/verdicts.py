@@ -22,9 +22,14 @@ class Verdict(StrEnum):
 
 
 def worst_of(verdicts: Iterable[Verdict]) -> Verdict:
-    """Return the verdict of several together: one that fails makes them fail, an inconclusive one keeps them from passing."""
-    verdicts = set(verdicts)
-    return next((v for v in (Verdict.FAIL, Verdict.INCONCLUSIVE) if v in verdicts), Verdict.PASS)
+    """Return the verdict of several together: one that fails makes them fail, and only if all pass, and there are any, do they.
+
+    Raises `ValueError` for what is no verdict.
+    """
+    found = {Verdict(verdict) for verdict in verdicts}
+    if Verdict.FAIL in found:
+        return Verdict.FAIL
+    return Verdict.PASS if found == {Verdict.PASS} else Verdict.INCONCLUSIVE
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ httptools callbacks on the replica's event loop. What arrives within one turn of
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ MAX_CONNECTIONS = 4096
 MAX_PIPELINED = 64  # requests of one connection that wait for their turn; then it is not read from any more
 REQUEST_TIMEOUT_S = 10.0  # for a request to arrive whole, once its first byte has
 IDLE_TIMEOUT_S = 75.0
+CLOSE_TIMEOUT_S = 2.0  # for a client to read its last answers
 SWEEP_INTERVAL_S = 1.0
 
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
@@ -57,6 +59,11 @@ class DirectLane:
             self._sweep.cancel()
         for connection in list(self.connections):
             connection.close_when_answered()
+        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
+        while self.connections and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.01)
+        for connection in list(self.connections):
+            connection.abort()
         self._server = self.port = None
 
     def _close_the_slow(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -90,6 +97,9 @@ class Connection(asyncio.Protocol):
         self._is_taking = False
         self._is_refused = False
         self._is_stopping = False
+        self._is_in_head = False
+        self._num_unfinished = 0  # bytes that came for a request after those with which it began
+        self._closing_since_s: float | None = None
         self._is_paused = False
         self._is_unread = False  # the client does not read its answers
         self._since_s: float | None = None  # the first byte of a request that is not whole yet
@@ -107,8 +117,11 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
+        unfinished_since_s = self._since_s
         try:
             self._parser.feed_data(data)
+            if unfinished_since_s is not None and unfinished_since_s == self._since_s:
+                self._count_unfinished(len(data))
         except httptools.HttpParserUpgrade:
             self._is_refused = True  # it was answered as if it had not asked for another protocol, and is the last one
         except httptools.HttpParserError as error:
@@ -133,6 +146,8 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._since_s = self._loop.time()
+        self._num_unfinished = 0
+        self._is_in_head = True
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -143,11 +158,13 @@ class Connection(asyncio.Protocol):
         self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        """Refuse what will be refused before its body is read."""
+        """Refuse what will be refused before its body is read: a body is only read for who has the key."""
+        self._is_in_head = False
         headers = dict(reversed(self._headers))  # of several, the first one counts
-        if int(headers.get(b"content-length", 0)) > self._lane.max_body_bytes:
+        length = int(headers.get(b"content-length", 0))
+        if length > self._lane.max_body_bytes:
             raise _too_large(self._lane.max_body_bytes)
-        if self._parser.get_method() == b"POST":
+        if length or b"transfer-encoding" in headers or self._parser.get_method() == b"POST":
             self._lane.ingress.check_key(headers.get(b"authorization"))
         if headers.get(b"expect", b"").lower() == b"100-continue":
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -183,21 +200,23 @@ class Connection(asyncio.Protocol):
         if self._is_taking:
             return
         self._is_taking = True
-        while self._waiting and not self._is_answering:
-            self._take(self._waiting.popleft())
-        self._is_taking = False
+        try:
+            while self._waiting and not self._is_answering:
+                self._take(self._waiting.popleft())
+        finally:
+            self._is_taking = False
 
     def _take(self, received: Received | Response) -> None:
         if isinstance(received, Response):
             self._write(received, closes=True)
-            self._transport.close()
+            self._close()
         elif received.path == "/v1/decide" and received.method == "POST":
             self._is_answering = True
             self._decide(received)
         else:
             self._is_answering = True
             task = self._loop.create_task(self._lane.api.respond(received.path, received.method, _as_request(received)))
-            task.add_done_callback(lambda done: done.cancelled() or self._send(done.result(), received))
+            task.add_done_callback(lambda done: self._finish(lambda: self._send(done.result(), received)))
 
     def _decide(self, received: Received) -> None:
         """The short way for the one request that matters: no task, no coroutine."""
@@ -206,11 +225,17 @@ class Connection(asyncio.Protocol):
             future = self._lane.ingress.batcher.submit(ask)
         except Exception as error:
             return self._send_counted(self._lane.api.failure_response(error, received.path), received)
-        future.add_done_callback(lambda done: self._decided(done, received))
+        future.add_done_callback(lambda done: self._finish(lambda: self._decided(done, received)))
+
+    def _finish(self, send: Callable[[], None]) -> None:
+        """Send an answer. One that cannot be sent ends the connection: its client would wait for it for ever."""
+        try:
+            send()
+        except BaseException:
+            self._transport.abort()
+            raise
 
     def _decided(self, done: "asyncio.Future[DecideAnswer]", received: Received) -> None:
-        if done.cancelled():
-            return
         error = done.exception()
         if error is not None:
             return self._send_counted(self._lane.api.failure_response(error, received.path), received)
@@ -227,7 +252,7 @@ class Connection(asyncio.Protocol):
         self._write(response, closes=closes, has_body=received.method != "HEAD")
         if closes:
             self._waiting.clear()
-            return self._transport.close()
+            return self._close()
         self._is_answering = False
         self._idle_since_s = self._loop.time()
         self._answer_next()
@@ -254,23 +279,41 @@ class Connection(asyncio.Protocol):
     # --- bounds ---
 
     def close_if_slow(self, now_s: float) -> None:
-        if self._since_s is not None and now_s - self._since_s > REQUEST_TIMEOUT_S and not self._is_answering:
+        if self._closing_since_s is not None:
+            if now_s - self._closing_since_s > CLOSE_TIMEOUT_S:
+                self._transport.abort()  # closing waits until all answers are read, by a client that does not read
+        elif self._since_s is not None and now_s - self._since_s > REQUEST_TIMEOUT_S and not self._is_answering:
             self._refuse(_error(408, f"the request did not arrive within {REQUEST_TIMEOUT_S:g} s"))
         elif self._since_s is None and not self._is_answering and now_s - self._idle_since_s > IDLE_TIMEOUT_S:
-            self._transport.close()
+            self._close()
 
     def close_when_answered(self) -> None:
         """Answer what is being answered, and nothing after it."""
         self._waiting.clear()
         self._is_refused = self._is_stopping = True
         if not self._is_answering:
-            self._transport.close()
+            self._close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def _close(self) -> None:
+        self._closing_since_s = self._loop.time()
+        self._transport.close()
 
     def _begin(self) -> None:
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
         self._body_size = self._header_size = 0
+
+    def _count_unfinished(self, num_bytes: int) -> None:
+        """Bound what the parser collects before it says so: a header that never ends, or chunks that hold hardly anything."""
+        self._num_unfinished += num_bytes
+        limit = MAX_HEADER_BYTES if self._is_in_head else MAX_HEADER_BYTES + 8 * self._lane.max_body_bytes
+        if self._num_unfinished > limit:
+            status = 431 if self._is_in_head else 413
+            self._refuse(_error(status, f"the request goes on after {limit} bytes, the limit"))
 
     def _count_header_bytes(self, num_bytes: int) -> None:
         self._header_size += num_bytes

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from scipy.cluster.vq import kmeans2
-from scipy.special import stdtrit
 
 from policies.policy import Policy
+from policies.spaces import Choices
 from training.evaluation import Evaluation
-from training.gates.intervals import Interval, mean_interval
-from training.perturbations import action_change
+from training.gates.intervals import Interval, difference_interval, mean_interval
+from training.perturbations import action_distance
 
 MAX_CLUSTERS = 5
 MIN_STATES_PER_CLUSTER = 20
@@ -38,7 +38,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """`share` is of an episode's states, those that either policy meets, on average over episodes."""
+    """`share` is of the states that either policy meets in an episode from the same beginning, on average over beginnings."""
 
     share: Interval
     num_states: int
@@ -66,12 +66,14 @@ def compare(
     owner_N = np.repeat([0, 1], [len(part.obs_ND) for part in episodes])
     episode_N = np.concatenate([part.episode_N for part in episodes]) + owner_N * len(episodes[0].returns_E)
     value_N = np.concatenate([returns_to_go(part, gamma) for part in episodes])
-    parameters = [policy.distributions(obs_ND, masks_NA) for policy in (first, second)]
-    differs_N = action_change(first, *parameters) > (DIFFERENT if hasattr(first.distribution, "scale") else 0)
-    share_E = np.bincount(episode_N, differs_N) / np.bincount(episode_N)
     actions = [
-        policy.distribution.choose_rows(p, "greedy", np.random.default_rng(0)) for policy, p in zip((first, second), parameters)
+        policy.distribution.choose_rows(policy.distributions(obs_ND, masks_NA), "greedy", np.random.default_rng(0))
+        for policy in (first, second)
     ]
+    differs_N = action_distance(first.spaces.action, *actions) > (0 if isinstance(first.spaces.action, Choices) else DIFFERENT)
+    share_E = np.bincount(episode_N, differs_N) / np.bincount(episode_N)
+    # Episodes of the two that begin in the same state are a pair: they agree or disagree together.
+    share_E = (share_E[: len(share_E) // 2] + share_E[len(share_E) // 2 :]) / 2
 
     found = np.flatnonzero(differs_N)
     clusters = []
@@ -83,7 +85,7 @@ def compare(
                 share=len(rows) / len(found),
                 centre_D=obs_ND[rows].mean(axis=0),
                 pairs=[(*pair, count) for pair, count in pairs.most_common(SHOWN_PAIRS)],
-                value_difference=_difference(values[1], values[0], confidence),
+                value_difference=difference_interval(values[1], values[0], confidence) if min(map(len, values)) >= 2 else None,
             )
         )
     return Disagreement(mean_interval(share_E, confidence), len(obs_ND), sorted(clusters, key=lambda cluster: -cluster.share))
@@ -117,17 +119,3 @@ def _by_episode(value_N: np.ndarray, episode_N: np.ndarray, rows: np.ndarray) ->
     counts = np.bincount(episode_N[rows])
     sums = np.bincount(episode_N[rows], value_N[rows])
     return sums[counts > 0] / counts[counts > 0]
-
-
-def _difference(second_E: np.ndarray, first_E: np.ndarray, confidence: float) -> Interval | None:
-    """Return Welch's interval of a difference of two means."""
-    if min(len(second_E), len(first_E)) < 2:
-        return None
-    mean = float(second_E.mean() - first_E.mean())
-    parts = [values_E.var(ddof=1) / len(values_E) for values_E in (second_E, first_E)]
-    variance = sum(parts)
-    if variance == 0:
-        return Interval(mean, mean, mean)
-    degrees = variance**2 / sum(part**2 / (len(values_E) - 1) for part, values_E in zip(parts, (second_E, first_E)))
-    half = float(stdtrit(degrees, 0.5 + confidence / 2)) * variance**0.5
-    return Interval(mean, mean - half, mean + half)

@@ -8,8 +8,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from policies.distributions import Scale
 from policies.policy import Policy
-from policies.spaces import Choices
+from policies.spaces import Action, Choices
 from training.network import outputs_gradient
 
 Kind = Literal["noise", "dropout", "stuck", "delay", "drift", "worst_case"]
@@ -113,14 +114,20 @@ def worst_case(
 
 
 def action_change(policy: Policy, before_BP: np.ndarray, after_BP: np.ndarray) -> np.ndarray:
-    """Return how far greedy actions of two distributions are apart [B]: for choices 0 or 1, whether any component differs.
+    """Return how far the greedy actions of two of a policy's distributions are apart [B]: see `action_distance`."""
+    actions = [policy.distribution.choose_rows(p_BP, "greedy", _NOT_USED) for p_BP in (before_BP, after_BP)]
+    return action_distance(policy.spaces.action, *actions)
+
+
+def action_distance(space: Action, first_B: np.ndarray, second_B: np.ndarray) -> np.ndarray:
+    """Return how far actions, as the environment takes them, are apart [B]: for choices 0 or 1, whether any component differs.
 
     For real-valued actions it is the mean distance over components, each in halves of its range where it has two bounds.
     """
-    actions = [_flat(policy.distribution.choose_rows(p_BP, "greedy", _NOT_USED)) for p_BP in (before_BP, after_BP)]
-    if isinstance(policy.spaces.action, Choices):
-        return np.any(actions[0] != actions[1], axis=1).astype(np.float64)
-    return (np.abs(actions[0] - actions[1]) / policy.distribution.scale.half_K).mean(axis=1)
+    first_BK, second_BK = _flat(first_B), _flat(second_B)
+    if isinstance(space, Choices):
+        return np.any(first_BK != second_BK, axis=1).astype(np.float64)
+    return (np.abs(first_BK - second_BK) / Scale(space, "clip").half_K).mean(axis=1)
 
 
 def smallest_flips(

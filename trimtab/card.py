@@ -137,10 +137,12 @@ def _performance(result: GateResult) -> list[str | Table | Picture]:
     rows = [
         ("episodes", numbers.get("episodes")),
         ("mean", _interval(numbers, "return")),
-        (f"mean of the worst {numbers.get('worst_share', 0):.0%}", _interval(numbers, "worst_return")),
+        (f"mean of the worst {numbers.get('worst_share', 0):.0%}", numbers.get("worst_return_mean")),
         ("lowest", numbers.get("return_min")),
         *quantiles,
     ]
+    if "bad_episodes" in numbers:
+        rows.append((f"episodes below {numbers['min_worst_return']:g}, share", _interval(numbers, "bad_share")))
     if "difference_mean" in numbers:
         rows.append(("difference to the incumbent, same initial states", _interval(numbers, "difference")))
     return [Table(("return", ""), rows)]

@@ -79,7 +79,9 @@ class Client:
             remaining_s = max(deadline - time.monotonic(), 0.001)
             url = self._next_url(remaining_s)
             is_direct = url != self._url
-            timeout = (min(CONNECT_TIMEOUT_S, remaining_s), remaining_s) if is_direct else remaining_s
+            # One frozen replica must leave time for another way.
+            direct_s = min(remaining_s, self._timeout_s / 3)
+            timeout = (min(CONNECT_TIMEOUT_S, direct_s), direct_s) if is_direct else remaining_s
             try:
                 response = self._session.request(method, url + path, json=body, timeout=timeout)
                 if response.status_code not in RETRY_STATUSES or remaining_s <= pause_s:
@@ -103,7 +105,8 @@ class Client:
         if self._lanes.are_old(now_s):
             try:
                 response = self._session.get(f"{self._url}/v1/endpoints", timeout=min(LOOK_TIMEOUT_S, remaining_s))
-                urls = response.json()["endpoints"] if response.ok else []
+                urls = response.json()["endpoints"] if response.ok else None
+                urls = [] if response.status_code == 404 else urls  # an endpoint without direct lanes
             except (requests.RequestException, ValueError, KeyError, TypeError):
                 urls = None  # the endpoint is away; the replicas may be there
             self._lanes.replace(urls, now_s=now_s)
@@ -126,7 +129,7 @@ class DirectLanes:
         """Take in what the endpoint says; None keeps what is known."""
         self._looked_s = now_s
         if urls is not None:
-            self._urls = [url.rstrip("/") for url in urls]
+            self._urls = [str(url).rstrip("/") for url in urls]
 
     def set_aside(self, url: str, *, now_s: float) -> None:
         self._aside_until_s[url] = now_s + ASIDE_S

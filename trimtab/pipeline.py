@@ -164,7 +164,7 @@ def diff_versions(loop: LoopConfig, storage: Storage, first: int, second: int, *
 
 def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | None = None) -> GateReport:
     """Judge the run's best policy so far, compare it with the champion (or `against`), and keep the report in the run."""
-    policy, _ = load_policy(storage.run(run_id))
+    policy, metadata = load_policy(storage.run(run_id))
     registry = registry_of(loop, storage)
     version = against if against is not None else registry.state().champion
     incumbent, known_scenarios = _incumbent(registry, version) if version is not None else (None, ())
@@ -175,7 +175,7 @@ def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | 
         report, episodes = run_gates(context, evaluate=pool.evaluate, conditions_sha256=_conditions_sha256(loop), now=time.time())
     run = storage.run(run_id)
     keep_judged(run, policy, report, episodes, seed=loop.gates.seed)
-    for name, data in _card(loop, storage, run_id, policy, report, override_gates=None).items():
+    for name, data in _card(loop, storage, run_id, policy, metadata, report, override_gates=None).items():
         write_atomic(run / name, data)
     return report
 
@@ -214,7 +214,7 @@ def publish_run(
     origin = _origin(loop.model_copy(update={"training": read_config(run).training}), run, metadata, parents)
     version = _passing_version(registry.state(), policy)
     if version is None:
-        documents = _card(loop, storage, run_id, policy, report, override_gates=override_gates)
+        documents = _card(loop, storage, run_id, policy, metadata, report, override_gates=override_gates)
         version = _register(
             loop, registry, run, policy, report, origin=origin, override_gates=override_gates, documents=documents
         )
@@ -309,20 +309,26 @@ def _evaluation_pool(loop: LoopConfig, policy: Policy) -> WorkerPool:
 
 
 def _card(
-    loop: LoopConfig, storage: Storage, run_id: str, policy: Policy, report: GateReport, *, override_gates: str | None
+    loop: LoopConfig,
+    storage: Storage,
+    run_id: str,
+    policy: Policy,
+    metadata: dict[str, Any],
+    report: GateReport,
+    *,
+    override_gates: str | None,
 ) -> dict[str, bytes]:
     """Return the files of the model card."""
     from trimtab.card import Facts, card_files  # here, not above: it draws, and matplotlib takes half a second
 
     run = storage.run(run_id)
     training = read_config(run).training
-    _, state = load_policy(run)
     origin = {
         "run": run_id,
         "algorithm": training.algorithm,
         "seed": training.seed,
-        "updates": state["update"],
-        "environment steps": state["env_steps"],
+        "updates": metadata["update"],
+        "environment steps": metadata["env_steps"],
         "code commit": _code_commit() or "unknown",
     }
     settings = training.model_dump(mode="json", exclude_defaults=True)

@@ -34,10 +34,11 @@ def facts() -> Facts:
             }
         ]
     }
+    clean_E = np.full(20, 100.0)
     results = (
         GateResult("performance", Verdict.PASS, "return | 100", {"return_mean": 100.0, "return_low": 99.0, "return_high": 101.0}),
         GateResult("safety", Verdict.PASS, "rate is small", safety),
-        judge_robustness(100.0, measured, measured, config=config, confidence=0.95),
+        judge_robustness(clean_E, measured, measured, config=config, confidence=0.95),
     )
     policy = make_policy()
     report = GateReport(policy.sha256(), "c", 0.0, 7, results)

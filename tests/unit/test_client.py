@@ -1,6 +1,7 @@
 """Does the client tell its caller's mistakes from an endpoint that is away?"""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 
 from policies.errors import ClusterError, RequestInvalid
 from policies.storage import open_storage
+from serve_app.asgi import Request, Response
 from serve_app.config import ServingConfig
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, publish, random_policy
@@ -81,6 +83,28 @@ def replicas(tmp_path: Path) -> Iterator[Replicas]:
     replicas = Replicas(tmp_path / "storage")
     yield replicas
     replicas.close()
+
+
+def test_a_replica_that_freezes_leaves_time_for_another_way(replicas: Replicas) -> None:
+    frozen = socket.create_server(("127.0.0.1", 0))  # takes connections, never answers
+    replicas.endpoint._endpoint = f"http://127.0.0.1:{frozen.getsockname()[1]}"
+    with Client(replicas.url, replicas.key, timeout_s=3.0) as client:
+        assert client.decide([0.1, 0.2, 0.3, 0.4])["version"] == 1
+    frozen.close()
+
+
+def test_an_endpoint_in_trouble_does_not_make_the_client_forget_the_replicas(replicas: Replicas) -> None:
+    with Client(replicas.url, replicas.key) as client:
+        client.decide([0.1, 0.2, 0.3, 0.4])
+        replicas.endpoint.api._routes["/v1/endpoints"] = ("GET", _unavailable)
+        client._lanes._looked_s = float("-inf")
+        before = replicas.other._counters.responses[200]
+        client.decide([0.1, 0.2, 0.3, 0.4])
+        assert replicas.other._counters.responses[200] == before + 1
+
+
+async def _unavailable(request: Request) -> Response:
+    return Response(503, b"{}")
 
 
 def test_the_client_asks_replicas_directly_and_the_endpoint_when_they_are_gone(replicas: Replicas) -> None:

@@ -15,6 +15,7 @@ import pytest
 from policies.records import Decision, LogTail
 from policies.storage import Storage, open_storage
 from serve_app import direct
+from serve_app.asgi import Response
 from serve_app.config import ServingConfig
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, call, publish, random_policy, read_new
@@ -209,6 +210,93 @@ def test_what_is_no_request_is_refused_and_the_connection_closed(storage: Storag
     assert alone[0] == status and alone[2]["error"]["status"] == status and alone[1]["connection"] == "close"
     assert (before[0], after[0]) == (200, status)  # behind a good request, it is answered in its place
     assert closed and closed_too
+
+
+def test_a_header_that_never_ends_is_refused_before_it_fills_memory(storage: Storage) -> None:
+    """The parser tells of a header when it is complete: what it has collected until then is bounded too."""
+
+    async def scenario(replica: PolicyReplica, port: int) -> tuple[int, int]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /healthz HTTP/1.1\r\nx: ")
+        num_sent = 0
+        while not reader.at_eof() and num_sent < 64 << 20:
+            writer.write(b"y" * 65536)
+            num_sent += 65536
+            await asyncio.sleep(0)
+            if reader._buffer:
+                break
+        return (await read_answer(reader))[0], num_sent
+
+    status, num_sent = run(storage, scenario)
+    assert status == 431 and num_sent < 16 << 20
+
+
+def test_a_head_in_two_pieces_before_a_large_body_is_no_large_head(storage: Storage) -> None:
+    body = json.dumps({"observation": OBSERVATION, "unit_id": "u"}).encode()
+    body += b" " * 200_000
+
+    async def scenario(replica: PolicyReplica, port: int) -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        request = raw_request(storage, body)
+        writer.write(request[:10])
+        await asyncio.sleep(0.05)
+        writer.write(request[10:])
+        status = (await read_answer(reader))[0]
+        writer.close()
+        return status
+
+    assert run(storage, scenario) == 200
+
+
+@pytest.mark.parametrize(
+    "head", ["POST /v1/decide?x=1", "POST //v1/decide", "GET /healthz", "PUT /v1/decide", "POST http://x/v1/decide"]
+)
+def test_no_body_is_read_without_the_key(storage: Storage, head: str) -> None:
+    data = json.dumps({"observation": OBSERVATION}).encode()
+    request = f"{head} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+    ((answer,), closed) = run(storage, lambda replica, port: exchange(port, request, num_answers=1))
+    assert answer[0] == 401 and closed and logged(storage) == []
+
+
+def test_an_answer_that_nobody_reads_does_not_keep_its_connection(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("IDLE_TIMEOUT_S", "CLOSE_TIMEOUT_S", "SWEEP_INTERVAL_S"):
+        monkeypatch.setattr(direct, name, 0.1)
+
+    async def scenario(replica: PolicyReplica, port: int) -> None:
+        replica.api._routes["/large"] = ("GET", _large)
+        unread = socket.create_connection(("127.0.0.1", port))
+        unread.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
+        deadline = asyncio.get_running_loop().time() + 10
+        await asyncio.sleep(0.05)
+        assert len(replica._direct.connections) == 1
+        while replica._direct.connections:
+            assert asyncio.get_running_loop().time() < deadline, "the connection is still there"
+            await asyncio.sleep(0.05)
+        unread.close()
+
+    run(storage, scenario)
+
+
+async def _large(request: Any) -> Response:
+    return Response(200, bytes(32 << 20))
+
+
+def test_an_answer_that_cannot_be_written_ends_the_connection(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(answer: object) -> bytes:
+        raise TypeError("no JSON")
+
+    monkeypatch.setattr(direct, "encode", broken)
+
+    async def scenario(replica: PolicyReplica, port: int) -> bytes:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(raw_request(storage, {"observation": OBSERVATION}))
+        try:
+            return await reader.read()
+        except ConnectionResetError:
+            return b""
+
+    assert run(storage, scenario) == b""
 
 
 def test_a_body_that_grows_over_the_limit_is_refused(storage: Storage) -> None:

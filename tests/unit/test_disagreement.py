@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 
+from policies.network import Architecture, Gaussian
+from policies.observations import Box
+from policies.policy import Policy
+from policies.spaces import Numbers, Spaces
 from tests.unit.test_perturbations import threshold_policy
 from training.config import EnvironmentConfig
 from training.disagreement import compare, returns_to_go
 from training.evaluation import Evaluation, EvaluationRequest, evaluate
+from training.gates.intervals import mean_interval
 
 SIGNS = EnvironmentConfig(id="tests.training_environments:Signs-v0")
 
@@ -41,6 +46,32 @@ def test_policies_disagree_between_their_boundaries_and_nowhere_else() -> None:
 
     same = compare(first, first, (episodes[0], episodes[0]), gamma=1.0, confidence=0.95, seed=0)
     assert same.share.mean == 0 and same.clusters == []  # negative control
+
+
+def test_pairs_of_episodes_are_counted_once() -> None:
+    """Half of the beginnings are always disagreed on, half never: 40 pairs are 40 observations, not 80."""
+    first, second = threshold_policy(0.0), threshold_policy(1.0)
+    episodes = _episodes([[0.5], [2.0]] * 20, [[0.0], [0.0]] * 20)
+    found = compare(first, second, (episodes, episodes), gamma=1.0, confidence=0.95, seed=0)
+    expected = mean_interval(np.array([1.0, 0.0] * 20), 0.95)
+    assert (found.share.mean, found.share.low) == pytest.approx((expected.mean, expected.low))
+
+
+def test_real_valued_actions_are_compared_as_they_are_sent() -> None:
+    """The same mean of 0.9, once cut at the bounds and once bent by tanh, is 0.9 and 0.716."""
+    open_1, one = np.full(1, np.inf, np.float32), np.ones(1, np.float32)
+    spaces = Spaces(Box(-open_1, open_1), Numbers(-one, one))
+    tensors = {
+        "normaliser.mean": np.zeros(1, np.float32),
+        "normaliser.scale": one,
+        "policy.log_std": np.zeros(1, np.float32),
+        "policy.0.weight": np.zeros((1, 1), np.float32),
+        "policy.0.bias": np.array([0.9], np.float32),
+    }
+    cut, bent = (Policy(spaces, Architecture((), gaussian=Gaussian(squash)), tensors) for squash in ("clip", "tanh"))
+    episodes = _episodes([[0.0]] * 4, [[0.0]] * 4)
+    assert compare(cut, bent, (episodes, episodes), gamma=1.0, confidence=0.95, seed=0).share.mean == 1
+    assert compare(cut, cut, (episodes, episodes), gamma=1.0, confidence=0.95, seed=0).share.mean == 0
 
 
 def test_two_kinds_of_disagreement_are_two_clusters() -> None:

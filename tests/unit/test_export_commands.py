@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 
 from policies.errors import ConfigError, SignatureRefused
+from policies.exports import load_export
 from policies.registry import Registry
 from policies.storage import open_storage
 from tests.bundles import make_registry
@@ -73,6 +74,16 @@ def test_an_exported_champion_answers_in_onnxruntime_without_us(trimtab: Any, st
     obs_ND = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     (distributions_NP,) = session.run(["distributions"], {"observations": obs_ND})
     assert distributions_NP == pytest.approx(champion.policy.distributions(obs_ND), abs=1e-5)
+
+
+def test_all_formats_are_written_by_one_command(trimtab: Any, storage: Path, tmp_path: Path) -> None:
+    arguments = ("export", LOOP_FILE, "--format", "all", "--output", tmp_path / "exports")
+    written = trimtab(*arguments)["exports"]
+    assert [export["format"] for export in written] == ["onnx", "pt2", "torchscript"]
+    for export in written:
+        assert load_export(tmp_path / "exports" / export["format"], expected_sha256=export["sha256"]).format == export["format"]
+    with pytest.raises(ConfigError, match="exists already"):
+        trimtab(*arguments)
 
 
 def test_a_bundle_is_exported_from_where_it_lies(trimtab: Any, storage: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Do the gates decide by evidence: pass and fail where it is clear, inconclusive where it is not?"""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +30,7 @@ from training.gates.config import (
     ScenarioConfig,
 )
 from training.gates.edge_cases import answer_problems, edge_inputs, is_inside, refusal_problems
-from training.gates.intervals import mean_interval, share_interval, worst_mean, worst_mean_interval
+from training.gates.intervals import Interval, difference_interval, mean_interval, share_interval, worst_mean
 from training.gates.objective import episodes_of, judge_objective
 from training.gates.performance import judge_performance, look_sizes, performance
 from training.gates.regression import judge_regression
@@ -71,8 +72,22 @@ def test_the_exact_interval_of_a_share_equals_the_hand_computed_one() -> None:
 def test_the_mean_of_the_worst() -> None:
     assert worst_mean(np.arange(1.0, 101.0), 0.05) == 3  # of 1, 2, 3, 4, 5
     assert worst_mean(np.array([7.0, 9.0]), 0.05) == 7  # at least one
-    interval = worst_mean_interval(np.random.default_rng(0).permutation(np.arange(1.0, 1001.0)), 0.1, 0.95)
-    assert interval.mean == 50.5 and 38 < interval.low < 48 and 53 < interval.high < 65
+
+
+def test_a_number_that_is_none_decides_nothing() -> None:
+    nothing = Interval(float("nan"), float("nan"), float("nan"))
+    assert nothing.at_least(0.0) is nothing.at_most(0.0) is Verdict.INCONCLUSIVE
+    assert Interval(1.0, 1.0, 1.0).at_least(float("nan")) is Verdict.INCONCLUSIVE
+    for settings in ({"performance": {"min_return": "nan"}}, {"robustness": {"min_return_ratio": "nan"}}):
+        with pytest.raises(ValueError, match="finite"):
+            GatesConfig.model_validate(settings)
+
+
+def test_welchs_interval_equals_the_hand_computed_one() -> None:
+    # 2, 4 and 1, 1, 4: means 3 and 2, variances 2 / 2 = 1 and 3 / 3 = 1 of the means, so 1 ± t sqrt(2); degrees of freedom
+    # 2^2 / (1 / 1 + 1 / 2) = 2.667, of which the 97.5 % quantile is 3.421.
+    interval = difference_interval(np.array([2.0, 4.0]), np.array([1.0, 1.0, 4.0]), 0.95)
+    assert interval.mean == 1 and interval.high - 1 == pytest.approx(3.421 * 2**0.5, rel=0.005)
 
 
 # --- performance ---
@@ -101,19 +116,26 @@ def test_performance_compares_with_the_incumbent_on_the_same_initial_states() ->
 
 
 def test_a_good_mean_does_not_hide_bad_episodes() -> None:
-    returns = [550.0] * 180 + [20.0] * 20  # mean 497; the worst 5 % are all 20
-    assert _performance(returns, min_worst_return=100).verdict is Verdict.FAIL
+    """20 of 200 episodes are bad: between 6.2 and 15 % of all, exactly. 5 % are allowed."""
+    returns = [570.0] * 180 + [20.0] * 20  # mean 515
+    failed = _performance(returns, min_worst_return=100)
+    assert failed.verdict is Verdict.FAIL and failed.numbers["bad_share_low"] == pytest.approx(0.0622, abs=0.001)
+    assert _performance(returns, min_worst_return=100, worst_share=0.2).verdict is Verdict.PASS
+    assert _performance(returns, min_worst_return=100, worst_share=0.1).verdict is Verdict.INCONCLUSIVE
     without = _performance(returns)
-    assert without.numbers["worst_return_mean"] == 20 and without.numbers["return_quantiles"]["0.25"] == 550
-    assert "worst" not in without.reason  # negative control: where nobody asks for it, it does not decide
+    assert without.numbers["worst_return_mean"] == 20 and without.numbers["return_quantiles"]["0.25"] == 570
+    assert without.verdict is Verdict.PASS  # negative control: where nobody asks for it, it does not decide
 
 
 def _answer(run: GateRun, draw) -> tuple[GateResult, list[int]]:
     """Let a gate run on returns that `draw(num_episodes)` makes up; return its result and how many episodes it asked for."""
     asked: list[int] = []
+    chunks: list[int] = []
 
     def made_up(*requests: EvaluationRequest) -> list[Evaluation]:
         asked.extend(request.num_episodes for request in requests)
+        chunks.extend(chunk.index for request in requests for chunk in request.chunks)
+        assert chunks == list(range(len(chunks))), "a look repeats initial states that were looked at before"
         return [Evaluation(draw(r.num_episodes), np.ones(r.num_episodes, np.int64)) for r in requests]
 
     (result,), _ = drive({"gate": run}, made_up)
@@ -136,6 +158,20 @@ def test_performance_looks_at_more_episodes_until_it_knows() -> None:
     never, asked = _answer(performance(_context(config)), lambda n: np.arange(n) % 2 - 0.5)  # exactly on the threshold
     assert never.verdict is Verdict.INCONCLUSIVE and asked == [100, 100, 200, 400, 200]
     assert "raise gates.performance.max_episodes" in never.reason
+
+
+def test_each_look_gets_a_part_of_the_allowed_error() -> None:
+    """At the first of four looks a mean 2.2 standard errors above the threshold is proven at 95 %, not at 98.75 %."""
+    standard = np.sort(np.random.default_rng(0).normal(0, 1, 200))
+    returns_E = (standard - standard.mean()) / standard.std(ddof=1) + 2.2 / 200**0.5
+    assert mean_interval(returns_E, 0.95).at_least(0.0) is Verdict.PASS
+    config = GatesConfig(performance=PerformanceConfig(episodes=200, max_episodes=1600))
+    _, asked = _answer(performance(_context(config)), lambda n: np.resize(returns_E, n))
+    assert len(asked) > 1
+    _, once = _answer(
+        performance(_context(GatesConfig(performance=PerformanceConfig(episodes=200, max_episodes=200)))), lambda n: returns_E
+    )
+    assert once == [200]  # negative control: the only look decides by itself
 
 
 def test_later_looks_are_at_new_initial_states() -> None:
@@ -283,11 +319,25 @@ def _rows(returns: list[float]) -> Evaluation:
     return Evaluation(np.array(returns), np.ones(len(returns), np.int64), action_change_E=np.zeros(len(returns)))
 
 
+def test_a_constraint_that_answers_neither_yes_nor_no_is_refused() -> None:
+    for answer in (float("nan"), "no", None, 1):
+        with pytest.raises(ConfigError, match="expected true or false"):
+            config = ConstraintConfig(function="tests:x", max_violation_rate=0)
+            judge_safety([(config, lambda obs_D, action, answer=answer: answer)], [], _spoiled(0, 9), confidence=0.95)
+
+
+def test_an_offending_image_does_not_fill_the_report() -> None:
+    episodes = _episodes(np.ones((2, 5000), np.float32), np.zeros(2, int), np.arange(2))
+    result = judge_safety([(ConstraintConfig(function="tests:x"), lambda obs_D, action: False)], [], episodes, confidence=0.95)
+    shown = result.numbers["constraints"][0]["first_violations"][0]
+    assert len(shown["observation"]) == 64 and shown["features"] == 5000
+
+
 def _robustness(levels: dict[float, list[float]], clean: float = 500.0, incumbent: list[float] | None = None) -> Verdict:
     config = RobustnessConfig(strengths={"noise": (0.1, 0.2)}, watched={"delay": (1.0,)}, min_return_ratio=0.8)
     candidate = {("noise", level): _rows(returns) for level, returns in levels.items()}
     theirs = None if incumbent is None else {strength: _rows(incumbent) for strength in candidate}
-    return judge_robustness(clean, candidate, theirs, config=config, confidence=0.95).verdict
+    return judge_robustness(np.full(20, clean), candidate, theirs, config=config, confidence=0.95).verdict
 
 
 def test_robustness_is_three_valued() -> None:
@@ -314,10 +364,19 @@ def test_what_is_only_watched_decides_nothing_and_is_written_down() -> None:
     config = RobustnessConfig(strengths={"noise": (0.1,)}, watched={"stuck": (0.1,)})
     candidate = {("noise", 0.1): _rows([500.0] * 20), ("stuck", 0.1): _rows([10.0] * 20)}
     incumbent = dict.fromkeys(candidate, _rows([500.0] * 20))
-    result = judge_robustness(500.0, candidate, incumbent, config=config, confidence=0.95)
+    result = judge_robustness(np.full(20, 500.0), candidate, incumbent, config=config, confidence=0.95)
     assert result.verdict is Verdict.PASS and result.numbers["disturbances"][1]["difference_mean"] == -490
     required = config.model_copy(update={"strengths": {"noise": (0.1,), "stuck": (0.1,)}})
-    assert judge_robustness(500.0, candidate, incumbent, config=required, confidence=0.95).verdict is Verdict.FAIL
+    assert judge_robustness(np.full(20, 500.0), candidate, incumbent, config=required, confidence=0.95).verdict is Verdict.FAIL
+
+
+def test_what_is_required_is_an_estimate_too() -> None:
+    """420 is above 80 % of a mean of 500, but with few, varying undisturbed episodes that mean may as well be 560."""
+    config = RobustnessConfig(strengths={"noise": (0.1,)}, watched={})
+    measured = {("noise", 0.1): _rows([420.0] * 50)}
+    judge = lambda clean_E: judge_robustness(clean_E, measured, None, config=config, confidence=0.95).verdict  # noqa: E731
+    assert judge(np.full(200, 500.0)) is Verdict.PASS
+    assert judge(np.array([380.0, 620.0] * 4)) is Verdict.INCONCLUSIVE
 
 
 def _judge_on_signs(boundary: float, incumbent: Policy | None = None, **settings) -> tuple[GateResult, ...]:
@@ -366,7 +425,8 @@ def test_all_gates_share_initial_states_and_the_report_names_the_policy() -> Non
     report, episodes = run_gates(context, evaluate=noting, conditions_sha256="c", now=5.0)
     assert report.verdict is Verdict.PASS and report.policy_sha256 == policy.sha256() and report.incumbent_version == 1
     assert [request.mode for request in asked] == ["greedy", "sample"] * 2  # each in the mode in which it is served
-    first, theirs, noisy, _ = asked
+    first, theirs, noisy, their_noisy = asked
+    assert noisy.seed == their_noisy.seed and noisy.perturbation.spread_D is their_noisy.perturbation.spread_D
     assert first.seed == theirs.seed == 11  # candidate and incumbent start from the same states, asked for once for all gates
     assert noisy.perturbation.strength == 0.05 and noisy.perturbation.spread_D == pytest.approx(episodes.obs_ND.std(axis=0))
 
@@ -405,6 +465,45 @@ def test_a_policy_that_ignores_its_masks_is_found() -> None:
     object.__setattr__(policy.distribution, "parameters", lambda outputs_BO, mask_BA: obeying(outputs_BO, None))
     problems = " ".join(answer_problems(policy, 0))
     assert "a choice that the mask forbids has a probability" in problems and "is not in the action space" in problems
+
+
+@pytest.mark.parametrize(
+    ("breaks", "words"),
+    [
+        (lambda policy: setattr_(policy, "distributions", _with_the_batch_in_it(policy)), "the answer depends on the batch"),
+        (
+            lambda policy: setattr_(policy.distribution, "choose", lambda p, mode, seed: (next(_COUNTER) % 2, 1.0)),
+            "not determined",
+        ),
+        (lambda policy: setattr_(policy.distribution, "choose", lambda p, mode, seed: (0, 0.0)), "has the propensity 0"),
+    ],
+)
+def test_each_promise_of_an_answer_is_looked_at(breaks, words: str) -> None:
+    policy = make_policy()
+    assert list(answer_problems(policy, 0)) == []
+    breaks(policy)
+    assert any(words in problem for problem in answer_problems(policy, 0))
+
+
+_COUNTER = itertools.count()
+
+
+def setattr_(target: object, name: str, value: object) -> None:
+    object.__setattr__(target, name, value)  # policies are frozen
+
+
+def _with_the_batch_in_it(policy: Policy):
+    usual = policy.distributions
+    return lambda obs_BD, mask_BA=None: usual(obs_BD, mask_BA) + 1e-9 * (len(obs_BD) > 1)
+
+
+@pytest.mark.parametrize(("low", "high"), [(2000.0, np.inf), (-np.inf, -5000.0), (-np.inf, np.inf), (0.0, 1e30)])
+def test_edges_of_any_bounds_lie_within_them(low: float, high: float) -> None:
+    box = Box(np.array([low], np.float32), np.array([high], np.float32))
+    spaces = Spaces(box, Choices("discrete", (2,), (0,), ()))
+    obs_ND, _ = edge_inputs(spaces, 0)
+    assert (obs_ND >= spaces.low_D).all() and (obs_ND <= spaces.high_D).all() and np.isfinite(obs_ND).all()
+    assert list(refusal_problems(spaces)) == []
 
 
 def test_actions_outside_of_their_space_are_found() -> None:
@@ -485,7 +584,24 @@ def test_without_an_incumbent_the_two_metrics_must_not_go_against_each_other() -
     proxy = np.random.default_rng(0).normal(100, 5, 50)
     assert _objective(proxy, -proxy, None).verdict is Verdict.FAIL
     assert _objective(proxy, 2 * proxy, None).verdict is Verdict.PASS
-    assert _objective(proxy, np.ones(50), None).numbers["rank_correlation"] is None  # it never changes: no correlation
+    unrelated = np.random.default_rng(1).normal(0, 1, 50)  # by chance their rank correlation is a little below 0
+    assert -0.25 < _objective(proxy, unrelated, None).numbers["rank_correlation"] < 0
+    assert _objective(proxy, unrelated, None).verdict is Verdict.PASS
+    constant = _objective(proxy, np.zeros(50), None)  # nothing is known of what is meant
+    assert constant.verdict is Verdict.INCONCLUSIVE and "min_true" in constant.reason
+    judge = lambda least: judge_objective(  # noqa: E731
+        np.stack([proxy, np.zeros(50)], axis=1), None, config=ObjectiveConfig(true_metric="x:y", min_true=least), confidence=0.95
+    )
+    assert judge(-1.0).verdict is Verdict.PASS and judge(1.0).verdict is Verdict.FAIL
+
+
+def no_number(episode: object) -> float:
+    return float("nan")
+
+
+def test_a_metric_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"gates\.objective\.true_metric returned nan"):
+        _judge_on_signs(0.0, objective=ObjectiveConfig(true_metric="tests.unit.test_gates:no_number"))
 
 
 def test_metrics_get_whole_episodes_in_order() -> None:
@@ -510,6 +626,33 @@ def balanced(context: GateContext) -> GateRun:
 def careless(context: GateContext) -> GateRun:
     """A gate of a user's own that forgot its result."""
     yield [context.first_look(context.candidate)]
+
+
+def sure_of_itself(context: GateContext) -> GateRun:
+    yield []
+    return GateResult("", "passed", "", {})  # type: ignore[arg-type]
+
+
+def unreadable(context: GateContext) -> GateRun:
+    yield []
+    return GateResult("", Verdict.PASS, "", {"share": np.float32(1)})
+
+
+def no_generator(context: GateContext) -> GateResult:
+    return GateResult("", Verdict.PASS, "", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sure_of_itself", "returned the verdict 'passed'"),
+        ("unreadable", "no report can hold"),
+        ("no_generator", "is no generator"),
+    ],
+)
+def test_a_gate_of_ones_own_that_is_wrong_is_told_so(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _judge_on_signs(0.0, own=(f"tests.unit.test_gates:{name}",))
 
 
 def test_a_gate_of_ones_own_has_the_same_record() -> None:
@@ -548,3 +691,6 @@ def test_settings_that_contradict_themselves_are_refused() -> None:
         RegressionConfig(scenarios=(ScenarioConfig(name="a", min_return=0),), retired={"a": "old"})
     with pytest.raises(ValueError, match="wind"):
         RobustnessConfig(strengths={"wind": (0.1,)})
+    for strengths in ({"noise": ()}, {"delay": (0.5,)}, {"dropout": (1.5,)}, {"noise": (float("inf"),)}):
+        with pytest.raises(ValueError):
+            RobustnessConfig(strengths=strengths)

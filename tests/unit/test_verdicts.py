@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from policies.errors import GateRefused, IntegrityError
-from policies.verdicts import REQUIRED_GATES, GateReport, GateResult, Verdict, require_passing
+from policies.verdicts import REQUIRED_GATES, GateReport, GateResult, Verdict, require_passing, worst_of
 
 P, F, I = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE  # noqa: E741
 
@@ -25,6 +25,7 @@ def _report(**verdicts: Verdict) -> GateReport:
         ({**dict.fromkeys(REQUIRED_GATES, P), "safety": I, "robustness": F}, F),
         ({"performance": P, "safety": P, "robustness": P, "edge_cases": P}, I),
         ({}, I),
+        (dict.fromkeys(REQUIRED_GATES, I), I),
     ],
 )
 def test_the_worst_gate_decides_and_a_missing_one_is_inconclusive(verdicts: dict[str, Verdict], expected: Verdict) -> None:
@@ -44,6 +45,12 @@ def test_a_report_of_the_first_schema_is_judged_by_the_gates_of_its_time() -> No
     assert replace(old, schema_version=2).verdict is I
     with pytest.raises(IntegrityError, match="schema version 3, this Trimtab reads 1, 2"):
         GateReport.from_json({**old.to_json(), "schema_version": 3})
+
+
+def test_nothing_judged_is_nothing_proven_and_what_is_no_verdict_is_refused() -> None:
+    assert worst_of([]) is I and worst_of([P, P]) is P and worst_of([P, I]) is I and worst_of([P, I, F]) is F
+    with pytest.raises(ValueError, match="passed"):
+        worst_of(["passed"])
 
 
 def test_only_a_passing_report_of_this_policy_or_a_reason_opens_the_door() -> None:

@@ -1,9 +1,11 @@
 """May this policy meet traffic? Gates with three-valued verdicts, and the report that binds them to the policy."""
 
+import inspect
 from collections.abc import Callable, Sequence
 
 from policies.errors import ConfigError
-from policies.verdicts import GateReport, GateResult
+from policies.integrity import canonical_json
+from policies.verdicts import GateReport, GateResult, Verdict
 from training.evaluation import Evaluation, EvaluationRequest
 from training.gates.budget import budget
 from training.gates.context import Contender, Gate, GateContext, GateRun, load_function
@@ -47,6 +49,8 @@ def gates_of(context: GateContext) -> dict[str, Gate]:
         gates["reward_hacking"] = reward_hacking
     for reference in context.config.own:
         gates[reference] = load_function(reference, "gates.own")
+        if not inspect.isgeneratorfunction(gates[reference]):
+            raise ConfigError(f"gates.own {reference!r} is no generator function: a gate yields the evaluations that it needs")
     return gates
 
 
@@ -73,4 +77,10 @@ def drive(runs: dict[str, GateRun], evaluate: Evaluate) -> tuple[tuple[GateResul
 def _checked_result(name: str, result: object) -> GateResult:
     if not isinstance(result, GateResult):
         raise ConfigError(f"gate {name} returned {type(result).__name__}; expected a policies.verdicts.GateResult")
+    if not isinstance(result.verdict, Verdict):
+        raise ConfigError(f"gate {name} returned the verdict {result.verdict!r}; expected one of policies.verdicts.Verdict")
+    try:
+        canonical_json(result.numbers)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"gate {name} returned numbers that no report can hold: {error}; give plain, finite ones") from error
     return GateResult(name, result.verdict, result.reason, result.numbers)

@@ -2,17 +2,17 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from policies.storage import NAME_PATTERN
 from training.perturbations import Kind
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN.pattern + "$")]
-Strengths = dict[Kind, tuple[Annotated[float, Field(gt=0)], ...]]
+Strengths = dict[Kind, Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PerformanceConfig(_Section):
@@ -24,9 +24,9 @@ class PerformanceConfig(_Section):
     )
     min_return: float | None = Field(None, description="bigger: asks more of a candidate; null is training.target_return")
     max_regression: float = Field(0.05, ge=0, description="bigger: a candidate may lose this share of the incumbent's return")
-    worst_share: float = Field(0.05, gt=0, lt=1, description="smaller: `min_worst_return` looks at fewer, worse episodes")
+    worst_share: float = Field(0.05, gt=0, lt=1, description="smaller: fewer episodes may be worse than `min_worst_return`")
     min_worst_return: float | None = Field(
-        None, description="bigger: asks more of the mean of the worst episodes (the CVaR); null: it is only written down"
+        None, description="bigger: asks more of all but `worst_share` of the episodes; null: asks nothing of single ones"
     )
 
     @model_validator(mode="after")
@@ -85,6 +85,17 @@ class RobustnessConfig(_Section):
         0.1, ge=0, description="bigger: under each disturbance more of the incumbent's return may be lost"
     )
 
+    @field_validator("strengths", "watched")
+    @classmethod
+    def _have_a_meaning(cls, value: Strengths) -> Strengths:
+        for kind, strengths in value.items():
+            for strength in strengths:
+                if kind == "delay" and strength != round(strength):
+                    raise ValueError(f"a delay of {strength:g} steps is not a whole number of them")
+                if kind in ("dropout", "stuck") and strength > 1:
+                    raise ValueError(f"{kind} {strength:g} is no probability")
+        return value
+
 
 class ScenarioConfig(_Section):
     """A rare but important situation that no version may forget."""
@@ -132,6 +143,7 @@ class ObjectiveConfig(_Section):
     max_regression: float = Field(
         0.05, ge=0, description="bigger: a candidate may lose this share of the incumbent's true metric"
     )
+    min_true: float | None = Field(None, description="bigger: asks more of the mean of the true metric itself")
 
 
 class GatesConfig(_Section):

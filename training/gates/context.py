@@ -47,11 +47,15 @@ class GateContext:
         return [self.candidate] if self.incumbent is None else [self.candidate, self.incumbent]
 
     def episodes(self, contender: Contender, num_episodes: int, *, first_chunk: int = 0) -> EvaluationRequest:
-        """Return the request for undisturbed episodes with their steps; asked for by several gates, they are run once."""
+        """Return the request for undisturbed episodes; asked for by several gates, they are run once.
+
+        Steps are kept of the first ones only, and of the incumbent's where a metric needs them: they fill memory.
+        """
         key = (id(contender), num_episodes, first_chunk)
         if key not in self._asked:
+            keep_steps = first_chunk == 0 and (contender is self.candidate or self.config.objective is not None)
             self._asked[key] = EvaluationRequest(
-                contender.policy, num_episodes, self.config.seed, contender.mode, first_chunk, keep_steps=True
+                contender.policy, num_episodes, self.config.seed, contender.mode, first_chunk, keep_steps=keep_steps
             )
         return self._asked[key]
 

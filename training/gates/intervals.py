@@ -7,8 +7,6 @@ from scipy.special import betaincinv, stdtrit  # what `scipy.stats` calls; impor
 
 from policies.verdicts import Verdict
 
-BOOTSTRAP_SAMPLES = 2000
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -25,7 +23,7 @@ class Interval:
         """Judge a mean that must reach a threshold."""
         if self.high < threshold:
             return Verdict.FAIL
-        return Verdict.INCONCLUSIVE if self.low < threshold else Verdict.PASS
+        return Verdict.PASS if self.low >= threshold else Verdict.INCONCLUSIVE  # NaN decides nothing
 
     def at_most(self, limit: float) -> Verdict:
         """Judge a mean that must not exceed a limit."""
@@ -56,9 +54,13 @@ def worst_mean(values_E: np.ndarray, share: float) -> float:
     return float(np.sort(values_E)[: max(1, round(share * len(values_E)))].mean())
 
 
-def worst_mean_interval(values_E: np.ndarray, share: float, confidence: float) -> Interval:
-    """Return the bootstrap interval of `worst_mean` (percentiles; with few episodes in the share it is too narrow)."""
-    resampled = np.random.default_rng(0).choice(values_E, (BOOTSTRAP_SAMPLES, len(values_E)))
-    means = np.sort(resampled, axis=1)[:, : max(1, round(share * len(values_E)))].mean(axis=1)
-    low, high = np.quantile(means, (0.5 - confidence / 2, 0.5 + confidence / 2))
-    return Interval(worst_mean(values_E, share), float(low), float(high))
+def difference_interval(values_E: np.ndarray, others_E: np.ndarray, confidence: float) -> Interval:
+    """Return Welch's interval of a difference of two means, of at least two independent values each."""
+    mean = float(values_E.mean() - others_E.mean())
+    parts = [float(array_E.var(ddof=1)) / len(array_E) for array_E in (values_E, others_E)]
+    variance = sum(parts)
+    if variance == 0:
+        return Interval(mean, mean, mean)
+    degrees = variance**2 / sum(part**2 / (len(array_E) - 1) for part, array_E in zip(parts, (values_E, others_E)))
+    half = float(stdtrit(degrees, 0.5 + confidence / 2)) * variance**0.5
+    return Interval(mean, mean - half, mean + half)

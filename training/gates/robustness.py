@@ -9,7 +9,7 @@ from policies.verdicts import GateResult, Verdict, judged
 from training.evaluation import Evaluation, EvaluationRequest
 from training.gates.config import RobustnessConfig
 from training.gates.context import Contender, GateContext, GateRun
-from training.gates.intervals import mean_interval
+from training.gates.intervals import difference_interval, mean_interval
 from training.perturbations import Perturbation, smallest_flips
 
 FLIP_STATES = 256
@@ -34,16 +34,14 @@ def robustness(context: GateContext) -> GateRun:
     evaluations = yield [request(contender, index) for contender in context.contenders for index in range(len(strengths))]
     candidate = dict(zip(strengths, evaluations))
     incumbent = dict(zip(strengths, evaluations[len(strengths) :])) if context.incumbent else None
-    result = judge_robustness(
-        float(undisturbed.returns_E.mean()), candidate, incumbent, config=config, confidence=context.config.confidence
-    )
+    result = judge_robustness(undisturbed.returns_E, candidate, incumbent, config=config, confidence=context.config.confidence)
     if isinstance(context.candidate.policy.spaces.action, Choices):
         result.numbers["smallest_flip"] = _flips(context, undisturbed, spread_D)
     return result
 
 
 def judge_robustness(
-    clean_return: float,
+    clean_E: np.ndarray,
     candidate: dict[Strength, Evaluation],
     incumbent: dict[Strength, Evaluation] | None,
     *,
@@ -56,7 +54,9 @@ def judge_robustness(
     the incumbent fails where the candidate is proven to be worse; it need not be proven to be no worse, since that would take
     thousands of episodes where a disturbance makes returns vary. No rule looks at what is only watched.
     """
-    required = clean_return - (1 - config.min_return_ratio) * abs(clean_return)
+    clean_return = float(clean_E.mean())
+    share = config.min_return_ratio if clean_return > 0 else 2 - config.min_return_ratio
+    required = share * clean_return
     must_bear = {(kind, strength) for kind, values in config.strengths.items() for strength in values}
     rules: list[tuple[Verdict, str]] = []
     rows: list[dict[str, Any]] = []
@@ -72,7 +72,9 @@ def judge_robustness(
             "action_change": float(evaluation.action_change_E.mean()),
         }
         if row["is_required"]:
-            rules.append((interval.at_least(required), f"{kind} {strength:g}: return {interval}, at least {required:.4g}"))
+            # Both returns are estimates: what is judged is their difference.
+            kept = difference_interval(evaluation.returns_E, share * clean_E, confidence)
+            rules.append((kept.at_least(0), f"{kind} {strength:g}: return {interval}, at least {required:.4g}"))
         if incumbent is not None:
             theirs_E = incumbent[kind, strength].returns_E
             difference = mean_interval(evaluation.returns_E - theirs_E, confidence)

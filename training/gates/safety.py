@@ -12,7 +12,7 @@ from training.gates.config import ConstraintConfig, CostConfig
 from training.gates.context import GateContext, GateRun, load_function
 from training.gates.intervals import Interval, share_interval
 
-MAX_SHOWN = 3
+MAX_SHOWN, MAX_SHOWN_FEATURES = 3, 64
 
 
 def safety(context: GateContext) -> GateRun:
@@ -65,7 +65,7 @@ def judge_safety(
 def _judge_constraint(
     config: ConstraintConfig, accepts: Any, episodes: Evaluation, confidence: float
 ) -> tuple[tuple[Verdict, str], dict[str, Any]]:
-    violations = [index for index, step in enumerate(_decisions(episodes)) if not accepts(*step)]
+    violations = [index for index, step in enumerate(_decisions(episodes)) if not _is_accepted(config, accepts(*step))]
     decisions_E = np.bincount(episodes.episode_N)
     share_E = np.bincount(episodes.episode_N[violations], minlength=len(decisions_E)) / decisions_E
     num_bad, num_episodes = int((share_E > 0).sum()), len(share_E)
@@ -89,6 +89,12 @@ def _judge_constraint(
     row |= rate.to_json("violation_rate")
     text = f"{config.function}: {len(violations)} violations in {num_bad} of {num_episodes} episodes, rate {rate}"
     return (rate.at_most(config.max_violation_rate), f"{text} (limit {config.max_violation_rate:g})"), row
+
+
+def _is_accepted(config: ConstraintConfig, answer: Any) -> bool:
+    if not isinstance(answer, bool | np.bool_):  # NaN and coroutines are as good as true
+        raise ConfigError(f"gates.safety.constraints {config.function!r} returned {answer!r:.80}; expected true or false")
+    return bool(answer)
 
 
 def _judge_cost(
@@ -120,8 +126,10 @@ def _decisions(episodes: Evaluation) -> Any:
 
 
 def _shown(episodes: Evaluation, index: int) -> dict[str, Any]:
+    obs_D = episodes.obs_ND[index]
     return {
-        "observation": episodes.obs_ND[index].tolist(),
+        "observation": obs_D[:MAX_SHOWN_FEATURES].tolist(),  # an image would fill the report
+        **({"features": len(obs_D)} if len(obs_D) > MAX_SHOWN_FEATURES else {}),
         "action": episodes.actions_N[index].tolist(),
         "episode": int(episodes.episode_N[index]),
     }

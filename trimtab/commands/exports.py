@@ -3,15 +3,15 @@
 import datetime
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from policies.bundle import read_bundle
+from policies.bundle import Bundle, read_bundle
 from policies.errors import ConfigError, NotFound
-from policies.exports import DESCRIPTION, Export, Format, load_export, write_export
+from policies.exports import ARTIFACTS, DESCRIPTION, Export, Format, load_export, write_export
 from policies.registry import Registry
-from policies.trust import TrustedKey, TrustStore, create_key, signature_path
+from policies.trust import SigningKey, TrustedKey, TrustStore, create_key, signature_path
 from trimtab.command import (
     DEFAULT_LOOP_FILE,
     DONE,
@@ -33,7 +33,12 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The key's nam
 def export(
     loop_file: LoopFile = DEFAULT_LOOP_FILE,
     storage: StorageOption = None,
-    format: Annotated[Format, typer.Option("--format", help="For onnxruntime, torch.export or (older) TorchScript.")] = ...,
+    format: Annotated[
+        Literal["onnx", "pt2", "torchscript", "all"],
+        typer.Option(
+            "--format", help="For onnxruntime, torch.export or (older) TorchScript; all: each, in a directory below DIR."
+        ),
+    ] = ...,
     target: Annotated[Path, typer.Option("--output", metavar="DIR", help="The new directory.")] = ...,
     version: VersionOption = None,
     bundle_path: Annotated[Path | None, typer.Option("--bundle", metavar="PATH", help="A bundle's directory instead.")] = None,
@@ -49,16 +54,25 @@ def export(
         bundle = read_bundle(bundle_path.absolute())
     else:
         bundle = context.registry().bundle(_version(context, version))
-    if signature_path(target.absolute()).exists():
-        raise ConfigError(f"{signature_path(target)} exists already, without what it signs; name another directory")
-    written = write_export(bundle, format, target.absolute())
-    if signing_key is not None:
-        signing_key.sign(written.path, {})
-    document = _export_document(written) | {"signed_with": key}
-    output(
-        as_json, document, f"exported {format} to {target}, equal on its golden vectors\n{DESCRIPTION} sha256 {written.sha256}"
-    )
+    if format == "all" and target.exists():
+        raise ConfigError(f"{target} exists already; an export is never written over, name a new directory")
+    targets = {name: target / name for name in ARTIFACTS} if format == "all" else {format: target}
+    documents, lines = [], []
+    for name, path in targets.items():
+        written = _write_export(bundle, name, path.absolute(), signing_key)
+        documents.append(_export_document(written) | {"signed_with": key})
+        lines.append(f"exported {name} to {path}, equal on its golden vectors\n{DESCRIPTION} sha256 {written.sha256}")
+    output(as_json, {"exports": documents} if format == "all" else documents[0], "\n".join(lines))
     return DONE
+
+
+def _write_export(bundle: Bundle, format: Format, path: Path, key: SigningKey | None) -> Export:
+    if signature_path(path).exists():
+        raise ConfigError(f"{signature_path(path)} exists already, without what it signs; name another directory")
+    written = write_export(bundle, format, path)
+    if key is not None:
+        key.sign(written.path, {})
+    return written
 
 
 def sign(
