@@ -139,7 +139,7 @@ def header_bomb(contents: Contents, rng: np.random.Generator) -> dict[str, bytes
         members[name] = re.sub(rb"'descr': '...'", b"'descr': '%s'" % descr, members[name])
     elif how == 3:
         members[name] = b"\x93NUMPY\x02\x00" + struct.pack("<I", size % (1 << 32)) + members[name][10:]
-    return {GOLDEN: _packed(members, zipfile.ZIP_DEFLATED if how == 4 else zipfile.ZIP_STORED)}
+    return {GOLDEN: packed(members, zipfile.ZIP_DEFLATED if how == 4 else zipfile.ZIP_STORED)}
 
 
 def numbers(contents: Contents, rng: np.random.Generator) -> dict[str, bytes | None]:
@@ -165,7 +165,7 @@ def numbers(contents: Contents, rng: np.random.Generator) -> dict[str, bytes | N
         array.flat[index] = _one([np.nan, np.inf, -np.inf], rng)
     buffer = io.BytesIO()
     np.save(buffer, array)
-    return {GOLDEN: _packed(members | {name: buffer.getvalue()})}
+    return {GOLDEN: packed(members | {name: buffer.getvalue()})}
 
 
 def manifest_value(contents: Contents, rng: np.random.Generator) -> dict[str, bytes | None]:
@@ -234,7 +234,7 @@ def _members(data: bytes) -> dict[str, bytes]:
         return {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
 
 
-def _packed(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+def packed(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, data in members.items():

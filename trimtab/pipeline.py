@@ -1,5 +1,6 @@
 """The offline half step by step: train or find a run, evaluate it, gate it, publish it; `up` and the commands share it."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -34,7 +35,7 @@ from training.event_file import first_and_last_time
 from training.gates import Contender, GateContext, run_gates
 from training.gates.regression import scenario_names
 from training.golden import golden_inputs
-from training.metrics import TENSORBOARD, read_metrics
+from training.metrics import TENSORBOARD
 from training.network import outputs_as_trained
 from training.runs import RESULT, RunConfig, newest_run, open_run, read_config
 from trimtab.learning_curves import read_curve
@@ -333,7 +334,9 @@ def _card(
     }
     settings = training.model_dump(mode="json", exclude_defaults=True)
     environment = loop.environment.model_dump_json(exclude_defaults=True)
-    curve = read_curve(run) if read_metrics(run) else None
+    curve = None
+    with contextlib.suppress(NotFound):  # no updates yet
+        curve = read_curve(run)
     return card_files(Facts(loop.name, policy, loop.serving.mode, environment, origin, settings, report, override_gates, curve))
 
 

@@ -25,6 +25,7 @@ from policies.observations import Box
 from policies.policy import Policy
 from policies.spaces import Choices, Numbers, Spaces
 from tests.bundles import golden_as_trained, make_policy, policy_on, vector_spaces
+from tests.mutations import packed
 from training.golden import NUM_CORNERS, golden_inputs
 
 OBSERVATION = Box(np.full(4, -np.inf, np.float32), np.full(4, np.inf, np.float32))
@@ -193,14 +194,6 @@ def test_a_propensity_from_which_nothing_can_be_learned_is_refused(propensity: f
         require_propensities(actions)
 
 
-def _packed(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, data in members.items():
-            archive.writestr(f"{name}.npy", data)
-    return buffer.getvalue()
-
-
 def _members(golden: Golden) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(encode_golden(golden))) as archive:
         return {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
@@ -223,42 +216,42 @@ GOLDEN = _complete(make_policy())
 HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
     "nothing": (lambda members: b"", "BadZipFile"),
     "a beginning": (lambda members: b"PK", "BadZipFile"),
-    "the end cut off": (lambda members: _packed(members)[:-30], "BadZipFile"),
-    "a member that is no array": (lambda members: _packed(members | {"observations": b"no array"}), "observations has no header"),
+    "the end cut off": (lambda members: packed(members)[:-30], "BadZipFile"),
+    "a member that is no array": (lambda members: packed(members | {"observations": b"no array"}), "observations has no header"),
     "a huge shape": (
-        lambda members: _packed(members | {"observations": _declaring((1 << 29, 1 << 29))}),
+        lambda members: packed(members | {"observations": _declaring((1 << 29, 1 << 29))}),
         "needs 1152921504606846976",
     ),
-    "a size with many digits": (lambda members: _packed(members | {"observations": _declaring((10**40,))}), "has no header"),
-    "a negative size": (lambda members: _packed(members | {"observations": _declaring((-4,))}), "has no header"),
-    "objects": (lambda members: _packed(members | {"sampled": _array(np.array([{}, {}]))}), "sampled has no header|holds"),
-    "texts": (lambda members: _packed(members | {"sampled": _array(np.array(["a"]))}), "sampled holds '<U1'"),
+    "a size with many digits": (lambda members: packed(members | {"observations": _declaring((10**40,))}), "has no header"),
+    "a negative size": (lambda members: packed(members | {"observations": _declaring((-4,))}), "has no header"),
+    "objects": (lambda members: packed(members | {"sampled": _array(np.array([{}, {}]))}), "sampled has no header|holds"),
+    "texts": (lambda members: packed(members | {"sampled": _array(np.array(["a"]))}), "sampled holds '<U1'"),
     "columns first": (
-        lambda members: _packed(members | {"observations": _array(np.asfortranarray(GOLDEN.observations_ND))}),
+        lambda members: packed(members | {"observations": _array(np.asfortranarray(GOLDEN.observations_ND))}),
         "observations has no header",
     ),
     "float64 in place of float32": (
-        lambda members: _packed(members | {"observations": _array(GOLDEN.observations_ND.astype(float))}),
+        lambda members: packed(members | {"observations": _array(GOLDEN.observations_ND.astype(float))}),
         "observations holds '<f8', expected <f4",
     ),
     "NaN": (
-        lambda members: _packed(members | {"distributions": _array(np.full_like(GOLDEN.distributions_NP, np.nan))}),
+        lambda members: packed(members | {"distributions": _array(np.full_like(GOLDEN.distributions_NP, np.nan))}),
         "distributions holds NaN or infinity",
     ),
     "infinity": (
-        lambda members: _packed(members | {"observations": _array(np.full_like(GOLDEN.observations_ND, np.inf))}),
+        lambda members: packed(members | {"observations": _array(np.full_like(GOLDEN.observations_ND, np.inf))}),
         "observations holds NaN or infinity",
     ),
     "an expression in a header": (
-        lambda members: _packed(members | {"observations": members["observations"].replace(b"False", b"1 / 0")}),
+        lambda members: packed(members | {"observations": members["observations"].replace(b"False", b"1 / 0")}),
         "observations has no header",
     ),
-    "bytes after the numbers": (lambda members: _packed(members | {"seeds": members["seeds"] + b"0"}), "seeds has 2049 bytes"),
-    "a compressed member": (lambda members: _packed(members, zipfile.ZIP_DEFLATED), "is compressed"),
-    "a bomb": (lambda members: _packed({"observations": bytes(1 << 26)}, zipfile.ZIP_BZIP2), "is compressed"),
-    "an array too many": (lambda members: _packed(members | {"more": members["seeds"]}), "holds .*more"),
+    "bytes after the numbers": (lambda members: packed(members | {"seeds": members["seeds"] + b"0"}), "seeds has 2049 bytes"),
+    "a compressed member": (lambda members: packed(members, zipfile.ZIP_DEFLATED), "is compressed"),
+    "a bomb": (lambda members: packed({"observations": bytes(1 << 26)}, zipfile.ZIP_BZIP2), "is compressed"),
+    "an array too many": (lambda members: packed(members | {"more": members["seeds"]}), "holds .*more"),
     "an array too few": (
-        lambda members: _packed({name: data for name, data in members.items() if name != "greedy"}),
+        lambda members: packed({name: data for name, data in members.items() if name != "greedy"}),
         "expected .*greedy",
     ),
 }
@@ -268,13 +261,13 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
 def test_golden_vectors_that_nobody_wrote_are_refused(how: str) -> None:
     make, words = HOSTILE[how]
     members = _members(GOLDEN)
-    check_golden(make_policy(), decode_golden(_packed(members), "golden.npz"))  # the control
+    check_golden(make_policy(), decode_golden(packed(members), "golden.npz"))  # the control
     with pytest.raises(IntegrityError, match=rf"golden\.npz cannot be read: .*({words})"):
         decode_golden(make(members), "golden.npz")
 
 
 def test_the_same_name_twice_is_refused() -> None:
-    buffer = io.BytesIO(_packed(_members(GOLDEN)))
+    buffer = io.BytesIO(packed(_members(GOLDEN)))
     with zipfile.ZipFile(buffer, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("seeds.npy", b"")
     with pytest.raises(IntegrityError, match="arrays with the same name"):
