@@ -4,23 +4,30 @@ A log is a directory of append-only segments, one per writer, `<name>.jsonl`: a 
 A segment that a killed writer left may end in half a line: readers stop before it.
 """
 
+import base64
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from policies.errors import IntegrityError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: without `rung`, `shield`, `assigned` and without batches; still read
+BATCH_PREFIX = b'{"batch_id":'  # how a line begins that holds many decisions
+
+
+SegmentKind = Literal["decisions", "feedback", "shadows", "overrides"]
+Rung = Literal["arm", "champion", "previous", "rule", "fixed"]
 
 
 class SegmentHeader(msgspec.Struct, frozen=True):
     """First line of every segment."""
 
     schema_version: int
-    kind: Literal["decisions", "feedback"]
+    kind: SegmentKind
     writer: str
 
 
@@ -31,7 +38,10 @@ class Decision(msgspec.Struct, frozen=True):
     `action` is the environment's own value (an integer, a number, or
     lists of them), as it was answered. `propensity` is its probability under the arm that answered, of real numbers its
     density; `mixture_propensity` is that under the traffic plan as a whole (the sum over arms of weight times propensity).
-    `seed` (53 bits) is the sampling seed. `fallback` says why another version than the arm's own answered, null when it did.
+    `seed` (53 bits) is the sampling seed of the draw that was sent. `rung` says who answered: the arm's own version, or which
+    step of the fallback ladder; `fallback` why, null for the arm's own. A rule or a fixed action is no version: then `version` is
+    0 and `digest` empty. `shield` names the constraint that the arm's own action would have violated. `assigned` says who chose
+    the arm: the plan by the unit, or the request (a tester's header), whose mixture propensity is that of its arm alone.
     `latency_s` is receipt to just before this line was written.
     """
 
@@ -53,6 +63,107 @@ class Decision(msgspec.Struct, frozen=True):
     fallback: str | None
     latency_s: float
     action_mask: list[bool] | None = None
+    rung: Rung = "arm"
+    shield: str | None = None
+    assigned: Literal["plan", "request"] = "plan"
+
+
+class DecisionBatch(msgspec.Struct, frozen=True):
+    """The decisions of one request with many observations, in one line; `rows` are they, each a `Decision` of its own.
+
+    A list has an item per decision; what is not a list is the same for all. `observations` is what the request held, a list of
+    JSON values, or of a binary request the float32 numbers as base64 text, with `shape` for one of them.
+    """
+
+    batch_id: str  # first: see BATCH_PREFIX
+    decision_ids: list[str]
+    time_s: float
+    unit_ids: str | list[str]
+    episode_ids: list[str | None] | None
+    plan: int
+    release: int
+    arms: str | list[str]
+    versions: int | list[int]
+    digests: dict[int, str]
+    observations: list[Any] | str
+    shape: list[int] | None
+    actions: list[Any]
+    modes: str | list[str]
+    seeds: list[int]
+    propensities: list[float]
+    mixture_propensities: list[float] | None
+    fallbacks: list[str | None] | None
+    latency_s: float
+    action_masks: list[list[bool]] | None = None
+    rungs: list[Rung] | None = None
+    shields: list[str | None] | None = None
+    assigned: Literal["plan", "request"] = "plan"
+
+    def rows(self) -> Iterator[Decision]:
+        """Return the decisions one by one."""
+        for index, (decision_id, observation) in enumerate(zip(self.decision_ids, self._observations())):
+            version = _item(self.versions, index)
+            yield Decision(
+                decision_id=decision_id,
+                time_s=self.time_s,
+                unit_id=_item(self.unit_ids, index),
+                episode_id=_item(self.episode_ids, index),
+                plan=self.plan,
+                release=self.release,
+                arm=_item(self.arms, index),
+                version=version,
+                digest=self.digests.get(version, ""),
+                observation=observation,
+                action=self.actions[index],
+                mode=_item(self.modes, index),
+                seed=self.seeds[index],
+                propensity=self.propensities[index],
+                mixture_propensity=(self.mixture_propensities or self.propensities)[index],
+                fallback=_item(self.fallbacks, index),
+                latency_s=self.latency_s,
+                action_mask=_item(self.action_masks, index),
+                rung=_item(self.rungs, index) or "arm",
+                shield=_item(self.shields, index),
+                assigned=self.assigned,
+            )
+
+    def _observations(self) -> list[Any]:
+        if isinstance(self.observations, list):
+            return self.observations
+        array = np.frombuffer(base64.b64decode(self.observations), "<f4")
+        return array.reshape(-1, *(self.shape or ())).tolist()
+
+
+def _item(values: Any, index: int) -> Any:
+    return values[index] if isinstance(values, list) else values
+
+
+class Shadow(msgspec.Struct, frozen=True):
+    """What a version that answers in the background would have answered to a decision's observation.
+
+    `distribution` is that of its actions (see `policies.distributions`), `action` what it would have sent with the decision's
+    seed in its own mode, and `propensity` that action's; all three are null where it failed, and `failure` says how.
+    """
+
+    decision_id: str
+    time_s: float
+    version: int
+    digest: str
+    mode: Literal["greedy", "sample"]
+    distribution: list[float] | None
+    action: Any
+    propensity: float | None
+    failure: str | None = None
+
+
+class Override(msgspec.Struct, frozen=True):
+    """That somebody did something else than what was decided. `key` names the API key that said so."""
+
+    decision_id: str
+    time_s: float
+    action: Any
+    reason: str
+    key: str
 
 
 class Feedback(msgspec.Struct, frozen=True):
@@ -62,6 +173,11 @@ class Feedback(msgspec.Struct, frozen=True):
     time_s: float
     reward: float
     final: bool
+
+
+Record = Decision | Shadow | Override | Feedback
+KINDS: dict[type, SegmentKind] = {Decision: "decisions", Feedback: "feedback", Shadow: "shadows", Override: "overrides"}
+_batch_decoder = msgspec.json.Decoder(DecisionBatch)
 
 
 class LogTail:
@@ -75,10 +191,10 @@ class LogTail:
     and for a segment of another kind. That line or segment is never used; the next call goes on behind it.
     """
 
-    def __init__(self, directory: Path, record_type: type[Decision] | type[Feedback]) -> None:
+    def __init__(self, directory: Path, record_type: type[Record]) -> None:
         self._directory = directory
         self._decoder = msgspec.json.Decoder(record_type)
-        self._kind = "decisions" if record_type is Decision else "feedback"
+        self._kind = KINDS[record_type]
         self._offsets: dict[Path, int] = {}  # of segments whose header and first record were seen
         self._times_s: dict[Path, float] = {}  # of the record before the offset, or the first one
         self._targets: dict[Path, int] = {}  # sizes at the last look, of segments with something left to read
@@ -141,8 +257,11 @@ class LogTail:
         for line in data[:complete].split(b"\n")[:-1]:
             self._offsets[path] += len(line) + 1
             try:
-                records.append(self._decoder.decode(line))
-            except msgspec.DecodeError as error:
+                if line.startswith(BATCH_PREFIX):
+                    records.extend(list(_batch_decoder.decode(line).rows()))  # all of it or nothing
+                else:
+                    records.append(self._decoder.decode(line))
+            except (msgspec.DecodeError, ValueError, IndexError) as error:
                 self._errors.append(IntegrityError(f"{path} before byte {self._offsets[path]}: {error}"))
         return records
 
@@ -165,9 +284,9 @@ def check_header(path: Path, line: bytes, kind: str) -> None:
         header = msgspec.json.decode(line, type=SegmentHeader)
     except msgspec.DecodeError as error:
         raise IntegrityError(f"{path}: the first line is not a segment header: {error}") from error
-    if header.kind != kind or header.schema_version != SCHEMA_VERSION:
+    if header.kind != kind or not 1 <= header.schema_version <= SCHEMA_VERSION:
         raise IntegrityError(
-            f"{path}: {header.kind} of schema version {header.schema_version}, expected {kind} of version {SCHEMA_VERSION}"
+            f"{path}: {header.kind} of schema version {header.schema_version}, expected {kind} of version 1 to {SCHEMA_VERSION}"
         )
 
 
@@ -195,8 +314,8 @@ def _decisions_named(path: Path, decision_id: str) -> Iterator[Decision]:
         for line in file:
             if needle in line and line.endswith(b"\n"):
                 try:
-                    decision = msgspec.json.decode(line, type=Decision)
-                except msgspec.DecodeError as error:
+                    is_batch = line.startswith(BATCH_PREFIX)
+                    decisions = _batch_decoder.decode(line).rows() if is_batch else [msgspec.json.decode(line, type=Decision)]
+                    yield from (decision for decision in decisions if decision.decision_id == decision_id)
+                except (msgspec.DecodeError, ValueError, IndexError) as error:
                     raise IntegrityError(f"{path}: the line with decision {decision_id} is damaged: {error}") from error
-                if decision.decision_id == decision_id:
-                    yield decision

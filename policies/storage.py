@@ -42,6 +42,12 @@ class Storage:
     def feedback(self, policy: str) -> Path:
         return self.root / "log" / policy / "feedback"
 
+    def shadows(self, policy: str) -> Path:
+        return self.root / "log" / policy / "shadows"
+
+    def overrides(self, policy: str) -> Path:
+        return self.root / "log" / policy / "overrides"
+
     @property
     def api_key_file(self) -> Path:
         return self.root / "secrets" / "api_key"

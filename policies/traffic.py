@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 BUCKETS = 10_000  # 0.01 % resolution, finer than any weight a release uses
 
-ArmName = Literal["canary", "champion"]
+ArmName = Literal["holdout", "canary", "champion"]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A share of traffic: `weight` in [0, 1] of the units is answered by `version`."""
+    """A share of traffic: `weight` in [0, 1] of the units is answered by `version`; all weights of a plan add up to 1."""
 
     name: ArmName
     version: int
@@ -24,11 +24,13 @@ class TrafficPlan:
 
     `release` is the number of the release in progress, 0 when there is none. The salt is the same for all steps of a
     release and another for the next one: growth is sticky, and it is not always the same users who get the canary.
+    Who is held out does not depend on releases. `shadows` answer every request too, in the background, and nobody hears them.
     """
 
     number: int
     release: int
     arms: tuple[Arm, ...]
+    shadows: tuple[int, ...] = ()
 
     @property
     def salt(self) -> str:

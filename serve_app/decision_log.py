@@ -3,11 +3,10 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
-from policies.records import SCHEMA_VERSION, SegmentHeader
+from policies.records import SCHEMA_VERSION, SegmentHeader, SegmentKind
 
 SEGMENT_BYTES = 64 << 20  # a reader that lost its place re-reads at most this much
 
@@ -20,9 +19,7 @@ class SegmentWriter:
     neither cutting them off nor writing behind a half line would be safe. `writer` must be new for each start of a process.
     """
 
-    def __init__(
-        self, directory: Path, kind: Literal["decisions", "feedback"], writer: str, *, segment_bytes: int = SEGMENT_BYTES
-    ) -> None:
+    def __init__(self, directory: Path, kind: SegmentKind, writer: str, *, segment_bytes: int = SEGMENT_BYTES) -> None:
         self._directory = directory
         self._header = msgspec.json.encode(SegmentHeader(SCHEMA_VERSION, kind, writer)) + b"\n"
         self._writer = writer

@@ -1,13 +1,15 @@
 """Is every complete line of a log read exactly once, and nothing else?"""
 
+import base64
 import math
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from policies.errors import IntegrityError
-from policies.records import SCHEMA_VERSION, Decision, Feedback, LogTail, SegmentHeader, find_decision
+from policies.records import SCHEMA_VERSION, Decision, DecisionBatch, Feedback, LogTail, SegmentHeader, find_decision
 from tests.simulators import START_S, Segment, make_decision
 
 
@@ -77,7 +79,7 @@ def test_a_segment_of_another_kind_or_version_is_refused_and_the_others_are_read
     Segment(tmp_path, "decisions", "d").append(make_decision("good"))
     tail = LogTail(tmp_path, Decision)
     tail.look()
-    for message in ("feedback of schema version 1", "schema version 2", "not a segment header"):
+    for message in ("feedback of schema version", "schema version 3", "not a segment header"):
         with pytest.raises(IntegrityError, match=message):
             tail.read()
     assert [record.decision_id for record in tail.read()] == ["good"]
@@ -148,3 +150,73 @@ def test_a_decision_is_found_beside_damaged_segments_and_a_repeated_one_is_the_f
     assert find_decision(tmp_path, "y") == make_decision("y")
     with pytest.raises(IntegrityError, match=r"c\.jsonl"):
         find_decision(tmp_path, "z")  # it may have stood in what cannot be read
+
+
+def make_batch(**changes) -> DecisionBatch:
+    return DecisionBatch(
+        **{
+            "batch_id": "r",
+            "decision_ids": ["r:0.t", "r:1.t"],
+            "time_s": 5.0,
+            "unit_ids": "u",
+            "episode_ids": None,
+            "plan": 3,
+            "release": 1,
+            "arms": ["canary", "champion"],
+            "versions": [2, 1],
+            "digests": {1: "one", 2: "two"},
+            "observations": [[0.5, 1.0], [2.0, 3.0]],
+            "shape": None,
+            "actions": [0, 1],
+            "modes": "sample",
+            "seeds": [11, 12],
+            "propensities": [0.25, 0.5],
+            "mixture_propensities": None,
+            "fallbacks": None,
+            "latency_s": 0.001,
+            **changes,
+        }
+    )
+
+
+def test_a_batch_of_decisions_is_read_as_its_decisions(tmp_path: Path):
+    segment = Segment(tmp_path, "decisions")
+    segment.append(make_decision("alone"))
+    segment.append(make_batch(mixture_propensities=[0.3, 0.4], rungs=["champion", "arm"], fallbacks=["version 2 gave NaN", None]))
+    tail = LogTail(tmp_path, Decision)
+    tail.look()
+    alone, first, second = tail.read()
+    assert alone.decision_id == "alone"
+    assert (first.decision_id, first.unit_id, first.arm, first.version, first.digest) == ("r:0.t", "u", "canary", 2, "two")
+    assert (first.observation, first.action, first.seed, first.propensity) == ([0.5, 1.0], 0, 11, 0.25)
+    assert (first.mixture_propensity, first.rung, first.fallback) == (0.3, "champion", "version 2 gave NaN")
+    assert (second.arm, second.digest, second.mixture_propensity, second.rung, second.fallback) == (
+        "champion",
+        "one",
+        0.4,
+        "arm",
+        None,
+    )
+    assert find_decision(tmp_path, "r:1.t") == second
+    assert find_decision(tmp_path, "r") is None
+
+
+def test_a_binary_batch_holds_its_float32_numbers_exactly(tmp_path: Path):
+    numbers = np.array([[0.1, 0.2], [0.3, np.pi]], "<f4")
+    packed = base64.b64encode(numbers.tobytes()).decode()
+    Segment(tmp_path, "decisions").append(make_batch(observations=packed, shape=[2]))
+    tail = LogTail(tmp_path, Decision)
+    tail.look()
+    read = [decision.observation for decision in tail.read()]
+    assert np.array_equal(np.array(read, np.float32), numbers)
+
+
+def test_a_batch_whose_columns_do_not_fit_is_refused_and_the_next_line_is_read(tmp_path: Path):
+    segment = Segment(tmp_path, "decisions")
+    segment.append(make_batch(actions=[0]))
+    segment.append(make_decision("good"))
+    tail = LogTail(tmp_path, Decision)
+    tail.look()
+    assert [decision.decision_id for decision in tail.read()][-1] == "good"
+    with pytest.raises(IntegrityError):
+        tail.read()
