@@ -6,16 +6,19 @@ action is the environment's own value as JSON says it: an integer, a number, or 
 B rows, O network outputs, P numbers of a distribution, A choices of all components together, K components.
 """
 
+import hashlib
+import itertools
 import math
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from policies.integrity import sha256_hex
 from policies.network import Architecture, Gaussian
 from policies.spaces import Choices, Numbers, Spaces
 
 Mode = Literal["greedy", "sample"]
+
+MAX_CHOICES_LISTED = 1000
 
 
 class Distribution(Protocol):
@@ -29,8 +32,14 @@ class Distribution(Protocol):
     def choose(self, parameters_P: np.ndarray, mode: Mode, seed: int) -> tuple[Any, float]:
         """Return the action and its propensity, from nothing but the distribution, the mode and the seed (53 bits)."""
 
+    def choose_many(self, parameters_BP: np.ndarray, mode: Mode, seeds: list[int]) -> tuple[list[Any], list[float]]:
+        """Return the actions and propensities of many rows: bit for bit those that `choose` returns for each."""
+
     def propensity(self, action: Any, parameters_P: np.ndarray, mode: Mode) -> float:
         """Return the probability (of real numbers: the density) with which a policy in this mode sends the action."""
+
+    def propensity_many(self, actions: list[Any], parameters_BP: np.ndarray, mode: Mode) -> list[float]:
+        """Return what `propensity` returns for each row."""
 
     def choose_rows(self, parameters_BP: np.ndarray, mode: Mode, rng: np.random.Generator) -> np.ndarray:
         """Return an action per row, as `env.step` takes them."""
@@ -64,6 +73,36 @@ class Categorical:
         draws_K = np.random.Generator(np.random.Philox(seed)).random(len(self.parts)).tolist() if mode == "sample" else None
         chosen = [_choose_one(parameters_P[part], mode, draws_K[k] if draws_K else 0.0) for k, part in enumerate(self.parts)]
         return self.action.to_answer(np.array([index for index, _ in chosen])), math.prod(p for _, p in chosen)
+
+    def choose_many(self, parameters_BP: np.ndarray, mode: Mode, seeds: list[int]) -> tuple[list[Any], list[float]]:
+        if not self._is_single:
+            return _each_chosen(self, parameters_BP, mode, seeds)
+        if mode == "greedy":
+            index_B, propensities = parameters_BP.argmax(axis=1), [1.0] * len(seeds)
+        else:
+            draws_B1 = np.array(seeds, np.float64)[:, None] / (1 << 53)
+            index_B = (np.cumsum(parameters_BP, axis=1) <= draws_B1).sum(axis=1)
+            for row in np.flatnonzero(index_B == parameters_BP.shape[1]):  # see `_choose_one`
+                index_B[row] = np.flatnonzero(parameters_BP[row])[-1]
+            propensities = parameters_BP[np.arange(len(index_B)), index_B].tolist()
+        start = self.action.starts[0]
+        return (index_B + start if start else index_B).tolist(), propensities
+
+    def propensity_many(self, actions: list[Any], parameters_BP: np.ndarray, mode: Mode) -> list[float]:
+        if not self._is_single:
+            return [self.propensity(action, parameters_P, mode) for action, parameters_P in zip(actions, parameters_BP)]
+        index_B = np.array(actions) - self.action.starts[0]
+        if mode == "greedy":
+            return (index_B == parameters_BP.argmax(axis=1)).astype(np.float64).tolist()
+        return parameters_BP[np.arange(len(index_B)), index_B].tolist()
+
+    def choices(self) -> list[Any] | None:
+        """Return all actions, None where they are too many to look at each."""
+        if math.prod(self.action.nvec) > MAX_CHOICES_LISTED:
+            return None
+        if self._is_single:
+            return [index + self.action.starts[0] for index in range(self.action.nvec[0])]
+        return [self.action.to_answer(np.array(index_K)) for index_K in itertools.product(*map(range, self.action.nvec))]
 
     def propensity(self, action: Any, parameters_P: np.ndarray, mode: Mode) -> float:
         if self._is_single:
@@ -105,6 +144,19 @@ class Normal:
         noise_K = np.random.Generator(np.random.Philox(seed)).standard_normal(len(mean_K))
         action_K = _as_sent(self.scale.to_bounds(mean_K + std_K * noise_K))
         return self.action.to_answer(action_K), self.scale.density(action_K, mean_K, std_K)
+
+    def choose_many(self, parameters_BP: np.ndarray, mode: Mode, seeds: list[int]) -> tuple[list[Any], list[float]]:
+        return _each_chosen(self, parameters_BP, mode, seeds)
+
+    def propensity_many(self, actions: list[Any], parameters_BP: np.ndarray, mode: Mode) -> list[float]:
+        return [self.propensity(action, parameters_P, mode) for action, parameters_P in zip(actions, parameters_BP)]
+
+    def probability_within(self, low_K: np.ndarray, high_K: np.ndarray, parameters_P: np.ndarray) -> float:
+        """Return the probability that every component of a sampled action is from `low_K` to `high_K`."""
+        mean_K, std_K = np.split(parameters_P, 2)
+        at_most_K = self.scale.cdf(high_K, mean_K, std_K, closed=True)
+        below_K = self.scale.cdf(low_K, mean_K, std_K, closed=False)
+        return math.prod(max(upper - lower, 0.0) for upper, lower in zip(at_most_K, below_K))
 
     def propensity(self, action: Any, parameters_P: np.ndarray, mode: Mode) -> float:
         mean_K, std_K = np.split(parameters_P, 2)
@@ -158,6 +210,24 @@ class Scale:
                 product *= _normal_density((y - mean) / std) / (std * half)
         return product
 
+    def cdf(self, value_K: np.ndarray, mean_K: np.ndarray, std_K: np.ndarray, *, closed: bool) -> list[float]:
+        """Return for each component the probability that a sampled action is at most the value, or less than it (not closed)."""
+        result = []
+        for k, (value, mean, std) in enumerate(zip(value_K.tolist(), mean_K.tolist(), std_K.tolist())):
+            low, high = self.low_K[k], self.high_K[k]
+            if value < low or (value == low and not closed):
+                result.append(0.0)
+            elif value > high or (value == high and closed):
+                result.append(1.0)
+            elif value == low:
+                result.append(_normal_cdf((self._low_edge_K[k] - mean) / std))
+            elif value == high:
+                result.append(_normal_cdf((self._high_edge_K[k] - mean) / std))
+            else:
+                y = (value - self.center_K[k]) / self.half_K[k]
+                result.append(_normal_cdf(((math.atanh(y) if self._bends_K[k] else y) - mean) / std))
+        return result
+
     def _edges(self, low_K: np.ndarray, high_K: np.ndarray) -> tuple[list[float], list[float]]:
         """Return the numbers on the policy's scale below and above which the bound itself is sent."""
         edges_K = []
@@ -187,12 +257,19 @@ def _as_sent(action_K: np.ndarray) -> np.ndarray:
 
 def seed_of(decision_id: str) -> int:
     """Return the 53-bit sampling seed of a decision: the same id draws the same number on every replica, for ever."""
-    return int(sha256_hex(decision_id.encode())[:16], 16) >> 11
+    return int.from_bytes(hashlib.sha256(decision_id.encode()).digest()[:8]) >> 11
 
 
 def uniform(seed: int) -> float:
     """Return a number in [0, 1) from a 53-bit seed."""
     return seed / (1 << 53)
+
+
+def _each_chosen(
+    distribution: Distribution, parameters_BP: np.ndarray, mode: Mode, seeds: list[int]
+) -> tuple[list[Any], list[float]]:
+    chosen = [distribution.choose(parameters_P, mode, seed) for parameters_P, seed in zip(parameters_BP, seeds)]
+    return [action for action, _ in chosen], [propensity for _, propensity in chosen]
 
 
 def _choose_one(probabilities_A: np.ndarray, mode: Mode, draw: float) -> tuple[int, float]:

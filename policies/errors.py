@@ -17,9 +17,12 @@
     └── RequestRefused             an HTTP request we answer with its `status`
         ├── RequestInvalid         400, 413, 422: what was expected is in the message
         ├── Unauthorized           401
+        ├── Forbidden              403
         ├── DecisionUnknown        404
+        ├── RequestConflict        409
         ├── Overloaded             429
-        └── ServiceUnavailable     503
+        ├── ServiceUnavailable     503
+        └── DeadlineExceeded       504
 
 All constructor arguments go to `super().__init__`: Ray re-creates an exception from `args`, and a class that keeps some for
 itself arrives as `UnserializableException`, which no `except` here would match.
@@ -111,6 +114,18 @@ class DecisionUnknown(RequestRefused):
     status = 404
 
 
+class Forbidden(RequestRefused):
+    """The API key is valid, but not for this."""
+
+    status = 403
+
+
+class RequestConflict(RequestRefused):
+    """The request's id was used before, for another request."""
+
+    status = 409
+
+
 class Overloaded(RequestRefused):
     """The replica's bounded queue is full; the client should come back later."""
 
@@ -121,3 +136,9 @@ class ServiceUnavailable(RequestRefused):
     """This replica cannot answer now: no champion is loaded, the log cannot be written, or no version gave an answer."""
 
     status = 503
+
+
+class DeadlineExceeded(RequestRefused):
+    """The request's own deadline was over before its turn came; nothing was decided."""
+
+    status = 504

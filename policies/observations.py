@@ -32,10 +32,14 @@ class Box:
     # The outermost Python floats that become float32 within the bounds. 0.7 is more than the float32 nearest to it, and allowed.
     _lows: list[float] = field(init=False, repr=False)
     _highs: list[float] = field(init=False, repr=False)
+    _lows_F: np.ndarray = field(init=False, repr=False)
+    _highs_F: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_lows", _outermost(self.low, -np.inf).reshape(-1).tolist())
         object.__setattr__(self, "_highs", _outermost(self.high, np.inf).reshape(-1).tolist())
+        object.__setattr__(self, "_lows_F", np.array(self._lows))
+        object.__setattr__(self, "_highs_F", np.array(self._highs))
 
     @property
     def num_features(self) -> int:
@@ -63,6 +67,20 @@ class Box:
                 expected = _expected(self.low.shape, "finite numbers")
                 raise RequestInvalid(f"{where} = {item!s:.24} is outside {limits}; {expected} in range")
         return numbers
+
+    def encode_many(self, values: list[Any]) -> np.ndarray | None:
+        """Return observations of nothing but numbers in nested lists as float64 [N, F]; None when any does not fit.
+
+        Whether each item is a number must be known: numpy would take "1" and true for one.
+        """
+        try:
+            array_NF = np.array(values, np.float64).reshape(len(values), -1)
+        except (ValueError, OverflowError):  # rows of different lengths; an integer beyond any float
+            return None
+        if array_NF.shape[1] != len(self._lows) or np.shape(values[0]) != self.low.shape:
+            return None
+        fits = (array_NF >= self._lows_F) & (array_NF <= self._highs_F)  # NaN does neither
+        return array_NF if fits.all() else None
 
     def example(self) -> Any:
         return np.clip(np.zeros_like(self.low), self.low, self.high).astype(float).tolist()

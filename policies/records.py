@@ -40,8 +40,10 @@ class Decision(msgspec.Struct, frozen=True):
     density; `mixture_propensity` is that under the traffic plan as a whole (the sum over arms of weight times propensity).
     `seed` (53 bits) is the sampling seed of the draw that was sent. `rung` says who answered: the arm's own version, or which
     step of the fallback ladder; `fallback` why, null for the arm's own. A rule or a fixed action is no version: then `version` is
-    0 and `digest` empty. `shield` names the constraint that the arm's own action would have violated. `assigned` says who chose
-    the arm: the plan by the unit, or the request (a tester's header), whose mixture propensity is that of its arm alone.
+    0 and `digest` empty. `shield` names what the arm's own action would have violated, is "" when it was in force and nothing was
+    violated, and null without a shield. `assigned` says who chose the arm: the plan by the unit, or the request (a tester's
+    header), whose mixture propensity is that of its arm alone. `repair` says what was mended in the observation before anybody
+    saw it; `observation` is the mended one.
     `latency_s` is receipt to just before this line was written.
     """
 
@@ -66,6 +68,7 @@ class Decision(msgspec.Struct, frozen=True):
     rung: Rung = "arm"
     shield: str | None = None
     assigned: Literal["plan", "request"] = "plan"
+    repair: str | None = None
 
 
 class DecisionBatch(msgspec.Struct, frozen=True):
@@ -98,6 +101,7 @@ class DecisionBatch(msgspec.Struct, frozen=True):
     rungs: list[Rung] | None = None
     shields: list[str | None] | None = None
     assigned: Literal["plan", "request"] = "plan"
+    repairs: list[str | None] | None = None
 
     def rows(self) -> Iterator[Decision]:
         """Return the decisions one by one."""
@@ -125,6 +129,7 @@ class DecisionBatch(msgspec.Struct, frozen=True):
                 rung=_item(self.rungs, index) or "arm",
                 shield=_item(self.shields, index),
                 assigned=self.assigned,
+                repair=_item(self.repairs, index),
             )
 
     def _observations(self) -> list[Any]:

@@ -173,6 +173,31 @@ class Spaces:
             raise RequestInvalid("action_mask allows no choice at all in at least one component")
         return mask_A
 
+    def holds_action(self, action: Any) -> bool:
+        """Say whether a JSON value is an action of the space: a number, or nested lists of the space's shape."""
+        try:
+            value = np.asarray(action)
+        except ValueError:  # lists of different lengths
+            return False
+        is_choice = isinstance(self.action, Choices)
+        kinds, shape = ("i", self.action.shape) if is_choice else ("if", self.action.low.shape)
+        if value.dtype.kind not in kinds or value.shape != shape:
+            return False
+        if is_choice:
+            starts_K = np.array(self.action.starts)
+            index_K = value.reshape(-1) - starts_K
+            return bool(((index_K >= 0) & (index_K < np.array(self.action.nvec))).all())
+        return bool((np.isfinite(value) & (value >= self.action.low) & (value <= self.action.high)).all())
+
+    def mask_allows(self, action: Any, mask_A: np.ndarray | None) -> bool:
+        """Say whether a mask lets an action of the space through."""
+        if mask_A is None:
+            return True
+        assert isinstance(self.action, Choices)
+        starts_K = np.cumsum((0, *self.action.nvec[:-1]))
+        index_K = np.asarray(action).reshape(-1) - np.array(self.action.starts)
+        return bool(mask_A[starts_K + index_K].all())
+
     def example_request(self) -> dict[str, Any]:
         """Return a body that `/v1/decide` takes."""
         body = {"observation": self.observation.example()}

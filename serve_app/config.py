@@ -1,8 +1,38 @@
 """What the `serving` section of the loop file may say."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+
+class ShieldConfig(BaseModel):
+    """Which actions may be sent. What a version wants beyond that is replaced by what the next step of the ladder wants."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low: Any = Field(None, description="a number, or nested lists in the action's shape; higher: more actions are replaced")
+    high: Any = Field(None, description="as `low`; lower: more actions are replaced")
+    constraints: tuple[str, ...] = Field(
+        (), description="`module:function` taking (features, action), true when the action is acceptable"
+    )
+
+    @property
+    def is_on(self) -> bool:
+        return self.low is not None or self.high is not None or bool(self.constraints)
+
+
+class FallbackConfig(BaseModel):
+    """Who answers when the arm's version cannot: always the champion, then the previous champion; then what is named here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    repair: tuple[Literal["clip", "missing"], ...] = Field(
+        (), description="clip: numbers outside of the space are cut to its bounds; missing: null is replaced by `fill`"
+    )
+    fill: float = Field(0.0, allow_inf_nan=False, description="what stands for a missing number")
+    rule: str | None = Field(None, description="`module:function` taking (features, action mask or None), an action")
+    action: Any = Field(None, description="the action that is sent when nobody else can answer")
+    slow_ms: float = Field(250.0, gt=0, description="bigger: a version may take longer before its answers count as bad ones")
 
 
 class ServingConfig(BaseModel):
@@ -18,6 +48,11 @@ class ServingConfig(BaseModel):
     num_replicas: int = Field(1, ge=1, description="more: more decisions per second, each replica holds every live version")
     num_cpus_per_replica: float = Field(0.5, ge=0, description="more: Ray packs fewer replicas onto a node")
     mode: Literal["greedy", "sample"] = Field("greedy", description="how versions published from this file act; sample: explores")
+    request_modes: tuple[Literal["greedy", "sample"], ...] = Field(
+        (), description="which modes a request may ask for with `mode`; none: every request gets its version's own"
+    )
+    shield: ShieldConfig = ShieldConfig()
+    fallback: FallbackConfig = FallbackConfig()
     require_signature: bool = Field(
         False, description="true: only versions signed with a trusted key are published, released and served (docs/security.md)"
     )

@@ -1,9 +1,11 @@
 """How a decision gets a name that every replica recognises as ours without looking it up."""
 
 import hmac
+import secrets
 
 from policies.storage import Storage
 
+NAMES_PER_HASH = 64
 _TAG_HEX_DIGITS = 12  # 48 bits: guessing one takes 10^14 requests
 
 
@@ -15,6 +17,9 @@ class DecisionIds:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
+        self._prefix = secrets.token_hex(8)  # of requests that came without an id
+        self._num_batches = 0
+        self._spare: list[tuple[str, str]] = []  # names that were made in advance
 
     @classmethod
     def of(cls, storage: Storage) -> "DecisionIds":
@@ -24,9 +29,28 @@ class DecisionIds:
         """Return the decision id of a request id."""
         return f"{request_id}.{self._tag(request_id)}"
 
+    def next(self) -> tuple[str, str]:
+        """Return a new request id and its decision id; one keyed hash, the dearest part, serves many of them."""
+        if not self._spare:
+            batch_id = self.new_batch()
+            decision_ids = self.names_within(batch_id, NAMES_PER_HASH)
+            self._spare = [(decision_id.rpartition(".")[0], decision_id) for decision_id in reversed(decision_ids)]
+        return self._spare.pop()
+
+    def new_batch(self) -> str:
+        """Return a new id for a request that came without one."""
+        self._num_batches += 1
+        return f"{self._prefix}{self._num_batches:x}"
+
+    def names_within(self, batch_id: str, num: int) -> list[str]:
+        """Return the decision ids `<batch_id>:<index>.<tag>` of a request for many decisions; they share the batch's tag."""
+        tag = self._tag(batch_id)
+        return [f"{batch_id}:{index}.{tag}" for index in range(num)]
+
     def is_ours(self, decision_id: str) -> bool:
         """Return whether a holder of our secret made this id."""
-        request_id, _, tag = decision_id.rpartition(".")
+        name, _, tag = decision_id.rpartition(".")
+        request_id = name.partition(":")[0]
         return hmac.compare_digest(tag.encode(), self._tag(request_id).encode())
 
     def _tag(self, request_id: str) -> str:

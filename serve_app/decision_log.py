@@ -27,9 +27,10 @@ class SegmentWriter:
         self._num_segments = 0
         self._descriptor: int | None = None
         self._size_bytes = 0
+        self._path = directory
 
-    def append(self, lines: bytes) -> None:
-        """Write whole lines; raises `OSError` when they, or part of them, did not reach the file."""
+    def append(self, lines: bytes) -> tuple[Path, int]:
+        """Write whole lines and return where they begin; raises `OSError` when they, or part of them, did not reach the file."""
         if self._descriptor is None or self._size_bytes + len(lines) > self._segment_bytes:
             self._open_next()
         try:
@@ -37,6 +38,7 @@ class SegmentWriter:
         except OSError:
             self.close()
             raise
+        return self._path, self._size_bytes - len(lines)
 
     def close(self) -> None:
         """Close the current segment; a later `append` opens the next one."""
@@ -49,7 +51,7 @@ class SegmentWriter:
         self.close()
         self._directory.mkdir(parents=True, exist_ok=True)
         self._num_segments += 1  # also when it fails: a name is used once
-        path = self._directory / f"{self._writer}-{self._num_segments:06d}.jsonl"
+        self._path = path = self._directory / f"{self._writer}-{self._num_segments:06d}.jsonl"
         temporary = path.with_name(f".tmp-{path.name}")
         self._descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         self._size_bytes = 0

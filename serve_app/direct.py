@@ -7,7 +7,6 @@ httptools callbacks on the replica's event loop. What arrives within one turn of
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -16,10 +15,11 @@ import httptools
 from policies.errors import RequestInvalid, RequestRefused
 from serve_app.asgi import JSON, Request, Response
 from serve_app.http_api import HttpApi
-from serve_app.ingress import Ingress
-from serve_app.wire import DecideAnswer, encode
+from serve_app.ingress import Ingress, num_rows_of
+from serve_app.wire import encode
 
 MAX_HEADER_BYTES = 32 << 10
+MAX_KNOWN_HEAD_BYTES = 4 << 10
 MAX_CONNECTIONS = 4096
 MAX_PIPELINED = 64  # requests of one connection that wait for their turn; then it is not read from any more
 REQUEST_TIMEOUT_S = 10.0  # for a request to arrive whole, once its first byte has
@@ -85,13 +85,29 @@ class Received(NamedTuple):
     started_s: float
 
 
+class KnownHead(NamedTuple):
+    """The head of a request for decisions, byte for byte, and what it says; `size` is that of the request with its body."""
+
+    head: bytes
+    size: int
+    received: Received
+    authorization: bytes | None
+
+
 class Connection(asyncio.Protocol):
-    """One client's connection: requests are answered one after the other, in their order."""
+    """One client's connection: requests are answered one after the other, in their order.
+
+    A client that keeps its connection sends the same head again and again. One that is equal in every byte, with a body of the
+    length it says, is not parsed again: that would cost as much as the decision.
+    """
 
     def __init__(self, lane: DirectLane, loop: asyncio.AbstractEventLoop) -> None:
         self._lane = lane
         self._loop = loop
         self._parser = httptools.HttpRequestParser(self)
+        self._known: KnownHead | None = None
+        self._last: Received | None = None
+        self._num_completed = 0
         self._waiting: deque[Received | Response] = deque()  # a Response is a refusal: the last there is on this connection
         self._is_answering = False
         self._is_taking = False
@@ -117,9 +133,14 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
-        unfinished_since_s = self._since_s
+        known = self._known
+        if known is not None and len(data) == known.size and self._since_s is None and data.startswith(known.head):
+            return self._receive_known(known, data)
+        unfinished_since_s, num_completed = self._since_s, self._num_completed
         try:
             self._parser.feed_data(data)
+            if unfinished_since_s is self._since_s is None and self._num_completed == num_completed + 1:
+                self._learn_head(data)
             if unfinished_since_s is not None and unfinished_since_s == self._since_s:
                 self._count_unfinished(len(data))
         except httptools.HttpParserUpgrade:
@@ -128,6 +149,30 @@ class Connection(asyncio.Protocol):
             cause = error.__context__  # httptools wraps what its callbacks raise
             is_ours = isinstance(cause, RequestRefused)
             self._refuse(self._lane.api.failure_response(cause, "") if is_ours else _error(400, f"this is not HTTP/1.1: {error}"))
+
+    def _receive_known(self, known: KnownHead, data: bytes) -> None:
+        method, path, headers, _, keeps_open, _ = known.received
+        received = Received(method, path, headers, data[len(known.head) :], keeps_open, time.perf_counter())
+        try:
+            self._lane.ingress.check_key(known.authorization)  # it may have been revoked since
+        except RequestRefused as error:
+            return self._refuse(self._lane.api.failure_response(error, received.path))
+        if self._is_answering or self._waiting:
+            self._waiting.append(received)
+            return self._pause_or_resume()
+        self._is_answering = True
+        self._decide(received)
+
+    def _learn_head(self, data: bytes) -> None:
+        """Remember the head of a request that came in one piece, if it is an ordinary one for decisions."""
+        last = self._last
+        assert last is not None
+        head = data[: len(data) - len(last.body)]
+        is_plain = last.path == "/v1/decide" and last.method == "POST" and last.keeps_open and last.body
+        if is_plain and len(head) <= MAX_KNOWN_HEAD_BYTES and head.endswith(b"\r\n\r\n") and data.endswith(last.body):
+            headers = dict(reversed(last.headers))
+            if b"content-length" in headers and b"expect" not in headers:
+                self._known = KnownHead(head, len(data), last, headers.get(b"authorization"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._is_refused = True
@@ -178,16 +223,11 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         path = self._url.partition(b"?")[0].decode("latin-1")
-        self._waiting.append(
-            Received(
-                self._parser.get_method().decode(),
-                path,
-                self._headers,
-                body,
-                self._parser.should_keep_alive() and not self._parser.should_upgrade(),
-                time.perf_counter(),
-            )
-        )
+        keeps_open = self._parser.should_keep_alive() and not self._parser.should_upgrade()
+        method = self._parser.get_method().decode()
+        self._last = Received(method, path, self._headers, body, keeps_open, time.perf_counter())
+        self._num_completed += 1
+        self._waiting.append(self._last)
         self._since_s = None
         self._begin()
         self._answer_next()
@@ -216,30 +256,33 @@ class Connection(asyncio.Protocol):
         else:
             self._is_answering = True
             task = self._loop.create_task(self._lane.api.respond(received.path, received.method, _as_request(received)))
-            task.add_done_callback(lambda done: self._finish(lambda: self._send(done.result(), received)))
+            task.add_done_callback(lambda done: self._answered(done, received))
 
     def _decide(self, received: Received) -> None:
         """The short way for the one request that matters: no task, no coroutine."""
         try:
             ask = self._lane.ingress.ask(received.body, started_s=received.started_s)
-            future = self._lane.ingress.batcher.submit(ask)
+            self._lane.ingress.batcher.submit(ask, lambda result: self._decided(result, received), num_rows=num_rows_of(ask))
         except Exception as error:
             return self._send_counted(self._lane.api.failure_response(error, received.path), received)
-        future.add_done_callback(lambda done: self._finish(lambda: self._decided(done, received)))
 
-    def _finish(self, send: Callable[[], None]) -> None:
-        """Send an answer. One that cannot be sent ends the connection: its client would wait for it for ever."""
+    def _answered(self, done: "asyncio.Task[Response]", received: Received) -> None:
         try:
-            send()
+            self._send(done.result(), received)
         except BaseException:
-            self._transport.abort()
+            self._transport.abort()  # its client would wait for ever
             raise
 
-    def _decided(self, done: "asyncio.Future[DecideAnswer]", received: Received) -> None:
-        error = done.exception()
-        if error is not None:
-            return self._send_counted(self._lane.api.failure_response(error, received.path), received)
-        self._send_counted(Response(200, encode(done.result())), received)
+    def _decided(self, result: Any, received: Received) -> None:
+        try:
+            if isinstance(result, Exception):
+                response = self._lane.api.failure_response(result, received.path)
+            else:
+                response = Response(200, encode(result))
+            self._send_counted(response, received)
+        except BaseException:
+            self._transport.abort()  # its client would wait for ever
+            raise
 
     def _send_counted(self, response: Response, received: Received) -> None:
         self._lane.api.counters.count_response(response.status)
@@ -255,8 +298,10 @@ class Connection(asyncio.Protocol):
             return self._close()
         self._is_answering = False
         self._idle_since_s = self._loop.time()
-        self._answer_next()
-        self._pause_or_resume()
+        if self._waiting:
+            self._answer_next()
+        if self._is_paused:
+            self._pause_or_resume()
 
     def _write(self, response: Response, *, closes: bool, has_body: bool = True) -> None:
         body = response.body

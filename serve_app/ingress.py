@@ -1,51 +1,50 @@
-"""How one request becomes one logged decision: key, body, arm, batch, action, log line, answer."""
+"""How one request becomes one logged decision: key, body, batch, features, arm and action, log line, answer."""
 
 import logging
-import math
-import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from policies.distributions import seed_of
-from policies.errors import ServiceUnavailable
+from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable
 from policies.records import Decision
-from policies.traffic import Arm, assign
 from serve_app.asgi import Request
-from serve_app.batcher import Batcher
+from serve_app.asks import Ask, AskReader, ManyAsk
+from serve_app.batcher import Batcher, Deliver
 from serve_app.config import ServingConfig
+from serve_app.deciding import Answer, Decider, Rows
 from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
+from serve_app.drafts import (
+    Moment,
+    answer_of,
+    batch_of,
+    decision_of,
+    failure_of,
+    one_of_many,
+    row_told_again,
+    told_again,
+)
+from serve_app.features import Encoded, encode_numbers
+from serve_app.features import encode as encode_features
 from serve_app.keys import ApiKey
-from serve_app.variants import Snapshot, Variant, VariantStore
-from serve_app.wire import DecideAnswer, decide_decoder, encode
+from serve_app.recall import Recall
+from serve_app.repair import Repair
+from serve_app.variants import Snapshot, VariantStore
+from serve_app.wire import DecideManyAnswer, encode
 
 logger = logging.getLogger(__name__)
 
 
-class Ask(NamedTuple):
-    """One request that waits for its batch. `started_s` is the monotonic time of its receipt."""
+class Draft(NamedTuple):
+    """An ask's result that goes out once its `line` is in the log; `names` are what it may be asked for by again.
 
-    decision_id: str
-    unit_id: str
-    episode_id: str | None
-    observation: Any
-    obs_D: np.ndarray
-    mask_A: np.ndarray | None
-    started_s: float
+    Without a line there is nothing to write: a refusal, or an answer from the log.
+    """
 
-
-@dataclass(frozen=True)
-class Distribution:
-    """What one version says of a batch: a distribution per row [B, P], and for each whether it can be used."""
-
-    variant: Variant
-    parameters_BP: np.ndarray
-    is_usable_B: list[bool]
-    failure: str
+    result: Any
+    line: bytes = b""
+    names: tuple[str, ...] | list[str] = ()
 
 
 class Ingress:
@@ -59,17 +58,22 @@ class Ingress:
         decision_ids: DecisionIds,
         variants: VariantStore,
         log: SegmentWriter,
+        recall: Recall,
         config: ServingConfig,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._policy = policy
         self._key = key
-        self._decision_ids = decision_ids
+        self._reader = AskReader(decision_ids)
         self._variants = variants
         self._log = log
+        self._recall = recall
+        self.decider = Decider(config, now_s=time.perf_counter)
+        self._repair = Repair(config.fallback.repair, config.fallback.fill) if config.fallback.repair else None
+        self._request_modes = config.request_modes
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
-        self.batcher: Batcher[Ask, DecideAnswer] = Batcher(
+        self.batcher: Batcher[Ask | ManyAsk] = Batcher(
             self._answer_batch, max_batch_size=config.max_batch_size, max_queue=config.max_queue
         )
 
@@ -78,142 +82,215 @@ class Ingress:
         started_s = time.perf_counter()
         self.check_key(request.header(b"authorization"))  # before a byte of the body is read
         body = await request.body(self._max_body_bytes)
-        return encode(await self.batcher.submit(self.ask(body, started_s=started_s)))
+        ask = self.ask(body, started_s=started_s)
+        return encode(await self.batcher.answer(ask, num_rows=num_rows_of(ask)))
 
     def check_key(self, authorization: bytes | None) -> None:
         """Raise `Unauthorized` unless the Authorization header's value is the key."""
         self._key.check(authorization)
 
-    def ask(self, body: bytes, *, started_s: float) -> Ask:
+    def ask(self, body: bytes, *, started_s: float, arm: str | None = None) -> Ask | ManyAsk:
         """Return what a body asks for; raises `RequestRefused`."""
-        asked = decide_decoder.decode(body)
-        spaces = self._snapshot().champion.policy.spaces
-        observation, mask = spaces.split_mask(asked.observation, asked.action_mask)
-        request_id = asked.request_id or secrets.token_hex(12)
-        return Ask(
-            decision_id=self._decision_ids.name(request_id),
-            unit_id=asked.unit_id or asked.episode_id or request_id,  # an episode without a unit keeps its arm too
-            episode_id=asked.episode_id,
-            observation=observation,
-            obs_D=spaces.check_observation(observation),
-            mask_A=spaces.check_mask(mask),
-            started_s=started_s,
-        )
+        ask = self._reader.read(body, self.snapshot().champion.policy.spaces, started_s, arm)
+        if ask.mode is not None and ask.mode not in self._request_modes:
+            allowed = ", ".join(self._request_modes) or "none, every request gets its version's own"
+            raise RequestInvalid(f"mode {ask.mode!r} cannot be asked for; serving.request_modes allows {allowed}")
+        return ask
 
-    def _answer_batch(self, asks: list[Ask]) -> list[DecideAnswer | Exception]:
-        """Decide for all, write all down, and only then let the answers go.
-
-        The snapshot is read once: a new plan comes into force between batches, never within one.
-        """
-        snapshot = self._snapshot()
-        distributions = _distributions(snapshot, asks)
-        outcomes = [self._decide_one(ask, row, snapshot, distributions) for row, ask in enumerate(asks)]
-        self._write_down([outcome for outcome in outcomes if isinstance(outcome, Decision)])
-        return [self._answer(outcome) if isinstance(outcome, Decision) else outcome for outcome in outcomes]
-
-    def _decide_one(
-        self, ask: Ask, row: int, snapshot: Snapshot, distributions: dict[int, Distribution]
-    ) -> Decision | ServiceUnavailable:
-        """Draw the action of one row; what is wrong with it is its own answer and nobody else's."""
-        arm = assign(ask.unit_id, snapshot.plan)
-        effective = {a.version: _effective(distributions, a, snapshot, row) for a in snapshot.plan.arms}
-        answering = effective[arm.version]
-        if answering is None:
-            return ServiceUnavailable(f"no version can answer this observation: {distributions[arm.version].failure}")
-        variant = answering.variant
-        seed = seed_of(ask.decision_id)
-        action, propensity = variant.policy.distribution.choose(answering.parameters_BP[row], variant.mode, seed)
-        mixture_propensity = _mixture_propensity(action, row, snapshot, effective)
-        if not (0 < propensity < math.inf and 0 < mixture_propensity < math.inf):  # densities of hundreds of narrow components
-            return ServiceUnavailable(
-                f"the action's propensity is {propensity:g}, and {mixture_propensity:g} over all arms: nothing can be learned "
-                "from that; serve this policy greedily"
-            )
-        return Decision(
-            decision_id=ask.decision_id,
-            time_s=self._wall_clock(),
-            unit_id=ask.unit_id,
-            episode_id=ask.episode_id,
-            plan=snapshot.plan.number,
-            release=snapshot.plan.release,
-            arm=arm.name,
-            version=variant.version,
-            digest=variant.digest,
-            observation=ask.observation,
-            action=action,
-            mode=variant.mode,
-            seed=seed,
-            propensity=propensity,
-            mixture_propensity=mixture_propensity,
-            fallback=None if variant.version == arm.version else distributions[arm.version].failure,
-            latency_s=time.perf_counter() - ask.started_s,
-            action_mask=None if ask.mask_A is None else ask.mask_A.tolist(),
-        )
-
-    def _write_down(self, decisions: list[Decision]) -> None:
-        """Append the batch to the log with one write; raises `ServiceUnavailable`: what is not logged is not answered."""
-        if not decisions:
-            return
-        try:
-            self._log.append(b"".join([encode(decision) + b"\n" for decision in decisions]))
-        except OSError as error:
-            logger.error("event=decisions_not_logged num_decisions=%d error=%r", len(decisions), str(error))
-            raise ServiceUnavailable(f"the decision log cannot be written: {error}") from error
-
-    def _answer(self, decision: Decision) -> DecideAnswer:
-        return DecideAnswer(
-            decision_id=decision.decision_id,
-            action=decision.action,
-            policy=self._policy,
-            version=decision.version,
-            arm=decision.arm,
-            propensity=decision.propensity,
-            fallback=decision.fallback,
-        )
-
-    def _snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
+        """Return the plan in force; raises `ServiceUnavailable` while no champion is loaded."""
         snapshot = self._variants.snapshot
         if snapshot is None:
             raise ServiceUnavailable(f"no champion of {self._policy} is loaded: {self._variants.why_not_ready()}")
         return snapshot
 
+    def _answer_batch(self, asks: list[Ask | ManyAsk], delivers: list[Deliver]) -> None:
+        """Decide for all, write all down, and only then let the answers go.
 
-def _distributions(snapshot: Snapshot, asks: list[Ask]) -> dict[int, Distribution]:
-    """Ask every version of the plan about every row: the mixture needs them all, and a fallback has its answer at hand."""
-    obs_BD = np.stack([ask.obs_D for ask in asks])
-    mask_BA = np.stack([ask.mask_A for ask in asks]) if snapshot.champion.policy.spaces.has_mask else None
-    return {version: _distribution(variant, obs_BD, mask_BA) for version, variant in snapshot.variants.items()}
+        The snapshot is read once: a new plan comes into force between batches, never within one.
+        """
+        snapshot, now_s = self.snapshot(), time.perf_counter()
+        drafts: dict[int, Draft] = {}
+        if any([ask.is_named for ask in asks]):
+            asks, delivers = self._postpone_repeated(asks, delivers)
+            self._recall.catch_up()
+            drafts = self._from_the_log(asks, snapshot)
+        for index, ask in enumerate(asks):
+            if ask.deadline_s < now_s:
+                late_ms = 1000 * (now_s - ask.deadline_s)
+                drafts[index] = Draft(DeadlineExceeded(f"the request's deadline was over {late_ms:.0f} ms ago; ask again"))
+        single = [index for index, ask in enumerate(asks) if index not in drafts and isinstance(ask, Ask)]
+        if single:
+            drafts.update(zip(single, self._decide_singles([asks[index] for index in single], snapshot)))
+        for index, ask in enumerate(asks):
+            if index not in drafts:
+                drafts[index] = self._decide_many(ask, snapshot)
+        ordered = [drafts[index] for index in range(len(asks))]
+        try:
+            self._write_down(ordered)
+        except ServiceUnavailable as error:
+            ordered = [Draft(error) if draft.line else draft for draft in ordered]
+        _let_go(ordered, delivers)
+
+    def _decide_singles(self, asks: list[Ask], snapshot: Snapshot) -> list[Draft]:
+        """Return a draft for each of the requests for one decision, which are decided together."""
+        encoded = encode_features(
+            snapshot.champion.policy.spaces,
+            [ask.observation for ask in asks],
+            [ask.mask for ask in asks] if any([ask.mask is not None for ask in asks]) else None,
+            is_numbers=all([ask.is_numbers for ask in asks]),
+            repair=self._repair,
+        )
+        drafts = {row: Draft(refusal) for row, refusal in encoded.refusals.items()}
+        decided = [asks[row] for row in encoded.rows]
+        rows = Rows(
+            [ask.decision_id for ask in decided],
+            [ask.unit_id for ask in decided],
+            encoded.obs_BD,
+            encoded.mask_BA,
+            _unless_all_none([ask.mode for ask in decided]),
+            _unless_all_none([ask.arm for ask in decided]),
+            any([ask.explain for ask in decided]),
+        )
+        answers = self.decider.decide(rows, snapshot) if decided else []
+        at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter())
+        for place, (row, answer) in enumerate(zip(encoded.rows, answers)):
+            ask = asks[row]
+            if isinstance(answer, RequestRefused):
+                drafts[row] = Draft(answer)
+                continue
+            mask_A = None if encoded.mask_BA is None else encoded.mask_BA[place]
+            decision = decision_of(ask, encoded.observations[row], mask_A, encoded.repairs.get(row), answer, at)
+            told = answer_of(decision, self._policy, answer.parameters_P, explain=ask.explain)
+            drafts[row] = Draft(told, encode(decision) + b"\n", (ask.decision_id,) if ask.is_named else ())
+        return [drafts[row] for row in range(len(asks))]
+
+    def _decide_many(self, ask: ManyAsk, snapshot: Snapshot) -> Draft:
+        """Return the draft of one request for many decisions: one answer, one line."""
+        spaces = snapshot.champion.policy.spaces
+        try:
+            encoded = self._encode_many(ask, snapshot)
+        except RequestRefused as error:
+            return Draft(error)
+        told: dict[int, Any] = {row: failure_of(refusal) for row, refusal in encoded.refusals.items()}
+        if ask.is_named and not ask.batch_id:  # each of them has a name of its own, and may have been asked for before
+            found = {row: self._recall.find(name) for row, name in enumerate(ask.decision_ids) if row not in told}
+            told |= {row: row_told_again(ask, row, logged[0], spaces) for row, logged in found.items() if logged}
+        keep = [place for place, row in enumerate(encoded.rows) if row not in told]
+        rows = [encoded.rows[place] for place in keep]
+        answers = self._answers_of_many(ask, encoded, keep, rows, snapshot)
+        decided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, Answer)}
+        told |= {row: failure_of(answer) for row, answer in zip(rows, answers) if isinstance(answer, RequestRefused)}
+        told |= {row: one_of_many(ask, row, answer, encoded.repairs.get(row)) for row, answer in decided.items()}
+        result = DecideManyAnswer(self._policy, [told[row] for row in range(len(ask.decision_ids))])
+        if not decided:
+            return Draft(result)
+        at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter())
+        line = encode(batch_of(ask, encoded, list(decided), list(decided.values()), at)) + b"\n"
+        names = [ask.batch_id] if ask.batch_id else [ask.decision_ids[row] for row in decided]
+        return Draft(result, line, names if ask.is_named else ())
+
+    def _encode_many(self, ask: ManyAsk, snapshot: Snapshot) -> Encoded:
+        spaces = snapshot.champion.policy.spaces
+        if ask.numbers is not None:
+            return encode_numbers(spaces, ask.numbers)
+        return encode_features(spaces, ask.observations, ask.masks, is_numbers=ask.is_numbers, repair=self._repair)
+
+    def _answers_of_many(
+        self, ask: ManyAsk, encoded: Encoded, keep: list[int], rows: list[int], snapshot: Snapshot
+    ) -> list[Answer | ServiceUnavailable]:
+        if not rows:
+            return []
+        is_all = len(rows) == len(ask.decision_ids)
+        units = ask.unit_list()
+        return self.decider.decide(
+            Rows(
+                ask.decision_ids if is_all else [ask.decision_ids[row] for row in rows],
+                units if is_all else [units[row] for row in rows],
+                encoded.obs_BD if is_all else encoded.obs_BD[keep],
+                encoded.mask_BA if is_all or encoded.mask_BA is None else encoded.mask_BA[keep],
+                None if ask.mode is None else [ask.mode] * len(rows),
+                None if ask.arm is None else [ask.arm] * len(rows),
+                ask.explain,
+            ),
+            snapshot,
+        )
+
+    def _postpone_repeated(self, asks: list[Ask | ManyAsk], delivers: list[Deliver]) -> tuple[list[Ask | ManyAsk], list[Deliver]]:
+        """Leave each request's repetitions in this batch to the next one, where the first is in the log."""
+        seen: set[str] = set()
+        first: list[int] = []
+        for index, ask in enumerate(asks):
+            name = name_of(ask) if ask.is_named else ""
+            if name not in seen:
+                first.append(index)
+            else:
+                self.batcher.submit_again(ask, delivers[index], num_rows=num_rows_of(ask))
+            if name:
+                seen.add(name)
+        return [asks[index] for index in first], [delivers[index] for index in first]
+
+    def _from_the_log(self, asks: list[Ask | ManyAsk], snapshot: Snapshot) -> dict[int, Draft]:
+        """Return what was decided for requests that came before: the same id is the same decision, whatever the plan is now."""
+        drafts: dict[int, Draft] = {}
+        for index, ask in enumerate(asks):
+            logged = self._recall.find(name_of(ask)) if ask.is_named and name_of(ask) else []
+            if logged:
+                try:
+                    drafts[index] = Draft(self._told_again(ask, logged, snapshot))
+                except RequestRefused as error:
+                    drafts[index] = Draft(error)
+        return drafts
+
+    def _told_again(self, ask: Ask | ManyAsk, logged: list[Decision], snapshot: Snapshot) -> Any:
+        spaces = snapshot.champion.policy.spaces
+        if isinstance(ask, Ask):
+            return told_again(ask, logged[0], self._policy, spaces)
+        by_id = {decision.decision_id: decision for decision in logged}
+        refused = RequestInvalid("this one was not answered when the request came before; ask for it under a new id")
+        rows = [
+            row_told_again(ask, row, by_id[name], spaces) if name in by_id else failure_of(refused)
+            for row, name in enumerate(ask.decision_ids)
+        ]
+        return DecideManyAnswer(self._policy, rows)
+
+    def _write_down(self, drafts: list[Draft]) -> None:
+        """Append the batch to the log with one write; raises `ServiceUnavailable`: what is not logged is not answered."""
+        lines = b"".join([draft.line for draft in drafts])
+        if not lines:
+            return
+        try:
+            path, offset = self._log.append(lines)
+        except OSError as error:
+            logger.error("event=decisions_not_logged num_bytes=%d error=%r", len(lines), str(error))
+            raise ServiceUnavailable(f"the decision log cannot be written: {error}") from error
+        self._remember(drafts, path, offset)
+
+    def _remember(self, drafts: list[Draft], path: Path, offset: int) -> None:
+        for draft in drafts:
+            if draft.names:
+                self._recall.remember(draft.names, path, offset)
+            offset += len(draft.line)
 
 
-def _distribution(variant: Variant, obs_BD: np.ndarray, mask_BA: np.ndarray | None) -> Distribution:
-    try:
-        parameters_BP = variant.distributions(obs_BD, mask_BA)
-    except Exception as error:  # a version's failure is not the request's: the champion answers instead
-        logger.exception("event=version_failed version=%d", variant.version)
-        nothing = np.empty((len(obs_BD), 0))
-        return Distribution(variant, nothing, [False] * len(obs_BD), f"version {variant.version} raised {error!r}")
-    is_usable_B = np.isfinite(parameters_BP).all(axis=1).tolist()
-    return Distribution(variant, parameters_BP, is_usable_B, f"version {variant.version} gave NaN")
+def name_of(ask: Ask | ManyAsk) -> str:
+    """Return what a request may be known by already; empty for many decisions that have names of their own."""
+    return ask.decision_id if isinstance(ask, Ask) else ask.batch_id
 
 
-def _effective(distributions: dict[int, Distribution], arm: Arm, snapshot: Snapshot, row: int) -> Distribution | None:
-    """Return the distribution that answers this row in this arm: its own version's, else the champion's, else None."""
-    for version in (arm.version, snapshot.champion.version):
-        if distributions[version].is_usable_B[row]:
-            return distributions[version]
-    return None
+def num_rows_of(ask: Ask | ManyAsk) -> int:
+    """Return how many decisions are asked for."""
+    return 1 if isinstance(ask, Ask) else len(ask.decision_ids)
 
 
-def _mixture_propensity(action: Any, row: int, snapshot: Snapshot, effective: dict[int, Distribution | None]) -> float:
-    """Return the probability of the action before the unit's arm was known: the sum over arms of weight times propensity.
+def _let_go(drafts: list[Draft], delivers: list[Deliver]) -> None:
+    """Deliver each result; a connection that breaks in this moment takes no other with it."""
+    for draft, deliver in zip(drafts, delivers):
+        try:
+            deliver(draft.result)
+        except Exception:
+            logger.exception("event=answer_not_delivered")
 
-    An arm that could not have answered this row sends no action, so it adds nothing. Of real-valued actions the terms are
-    densities; a greedy arm beside a sampling one adds its point mass only to exactly its own action.
-    """
-    total = 0.0
-    for arm in snapshot.plan.arms:
-        answering = effective[arm.version]
-        if answering is not None:
-            variant = answering.variant
-            total += arm.weight * variant.policy.distribution.propensity(action, answering.parameters_BP[row], variant.mode)
-    return total
+
+def _unless_all_none(values: list[Any]) -> list[Any] | None:
+    return values if any([value is not None for value in values]) else None

@@ -19,6 +19,7 @@ from serve_app.feedback import FeedbackIntake
 from serve_app.http_api import HttpApi
 from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey
+from serve_app.recall import Recall
 from serve_app.static_files import read_static_files
 from serve_app.status import StatusView
 from serve_app.telemetry import Counters, MonitorLink, report_for_ever
@@ -36,6 +37,7 @@ class PolicyReplica:
         key, decision_ids = ApiKey.of(storage), DecisionIds.of(storage)
         self._decisions = SegmentWriter(storage.decisions(policy), "decisions", self.name)
         self._feedback = SegmentWriter(storage.feedback(policy), "feedback", self.name)
+        self._recall = Recall(storage.decisions(policy), self.name)
         self._counters = Counters()
         trust = TrustStore(storage.trust) if settings.require_signature else None
         self._variants = VariantStore(Registry(storage.registry(policy), trust=trust))
@@ -48,6 +50,7 @@ class PolicyReplica:
             decision_ids=decision_ids,
             variants=self._variants,
             log=self._decisions,
+            recall=self._recall,
             config=settings,
         )
         self.api = HttpApi(
@@ -111,5 +114,6 @@ class PolicyReplica:
         for task in self._background:
             task.cancel()
         self._background = []
+        self._recall.close()
         self._decisions.close()
         self._feedback.close()

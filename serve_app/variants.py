@@ -41,7 +41,9 @@ class Snapshot:
 
     plan: TrafficPlan
     champion: Variant
-    variants: MappingProxyType[int, Variant]  # exactly the plan's versions
+    variants: MappingProxyType[int, Variant]  # exactly the versions of the plan's arms
+    previous: Variant | None = None  # the previous champion, if it is in memory
+    shadows: tuple[Variant, ...] = ()
 
 
 @dataclass

@@ -1,39 +1,88 @@
 """Which bodies a client may send, and what it gets back."""
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from policies.errors import RequestInvalid
 
 MAX_FEEDBACKS = 1000
+MAX_OBSERVATIONS = 4096
+MAX_DEADLINE_MS = 600_000
 
 # `\Z`, not `$`: the dollar also matches before a final newline.
 RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Deadline = Annotated[float, Meta(gt=0, le=MAX_DEADLINE_MS)]
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Meta(min_length=1, max_length=MAX_OBSERVATIONS)]
 
 
 class DecideRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /v1/decide. The policy's spaces say what an observation is; the ingress checks it."""
+    """Body of POST /v1/decide: one observation, or many. What an observation is, the policy's spaces say."""
 
-    observation: Any
-    action_mask: list[bool | int] | None = None
+    observation: Any = UNSET
+    action_mask: Any = None
     unit_id: Name | None = None
     episode_id: Name | None = None
     request_id: RequestId | None = None
+    deadline_ms: Deadline | None = None
+    mode: Literal["greedy", "sample"] | None = None
+    explain: bool = False
+    observations: Many[Any] | None = None
+    action_masks: Many[Any] | None = None
+    unit_ids: Many[Name] | None = None
+    episode_ids: Many[Name | None] | None = None
+    request_ids: Many[RequestId] | None = None
 
 
-class DecideAnswer(msgspec.Struct):
-    """Answer of POST /v1/decide. `propensity` is the probability (or density) of the action under the arm that answered."""
+class Explanation(msgspec.Struct):
+    """Why an action was sent: the distribution of the version that answered, see `policies.distributions`, and the seed."""
+
+    distribution: list[float] | None
+    seed: int
+    mode: str
+    mixture_propensity: float
+    rung: str
+    shield: str | None
+
+
+class DecideAnswer(msgspec.Struct, omit_defaults=True):
+    """Answer of POST /v1/decide. `propensity` is the probability (or density) of the action under the arm that answered.
+
+    `policy` is said once where there are many answers.
+    """
 
     decision_id: str
     action: Any
-    policy: str
+    policy: str | UnsetType
     version: int
     arm: str
     propensity: float
     fallback: str | None
+    repair: str | None = None
+    explanation: Explanation | None = None
+
+
+class DecideFailure(msgspec.Struct):
+    """Stands in the place of one of many answers."""
+
+    error: "Failure"
+
+
+class Failure(msgspec.Struct):
+    """What went wrong, as in every answer that is not 200."""
+
+    status: int
+    message: str
+
+
+class DecideManyAnswer(msgspec.Struct):
+    """Answer of POST /v1/decide with `observations`, in their order."""
+
+    policy: str
+    decisions: list[DecideAnswer | DecideFailure]
 
 
 class FeedbackRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -66,7 +115,8 @@ class BodyDecoder:
 decide_decoder = BodyDecoder(
     DecideRequest,
     '{"observation": what the policy takes, "action_mask"?: [0 or 1], "unit_id"?: text, "episode_id"?: text, '
-    '"request_id"?: 1-64 of A-Z a-z 0-9 _ -} and no other key',
+    '"request_id"?: 1-64 of A-Z a-z 0-9 _ -, "deadline_ms"?: number, "mode"?: "greedy" or "sample", "explain"?: true or false}; '
+    'or "observations", "action_masks"?, "unit_ids"?, "episode_ids"?, "request_ids"?: lists of equal length; and no other key',
 )
 feedback_decoder = BodyDecoder(
     FeedbackRequest | Annotated[list[FeedbackRequest], Meta(min_length=1, max_length=MAX_FEEDBACKS)],

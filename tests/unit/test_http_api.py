@@ -57,7 +57,7 @@ BAD_BODIES = [
     (b'{"observation":[0,null,0,0]}', 422, "observation[1] is NoneType"),
     (b'{"observation":[0,1e999,0,0]}', 422, "out of range"),
     (b'{"observation":[0,1e39,0,0]}', 422, "observation[1] = 1e+39 is outside"),  # finite in float64, infinite in float32
-    (b'{"observation":[5,0,0,0]}', 422, "observation[0] = 5 is outside [-4.8, 4.8]"),
+    (b'{"observation":[5,0,0,0]}', 422, "observation[0] = 5.0 is outside [-4.8, 4.8]"),
     (b'{"observation":[0,1' + b"0" * 3000 + b",0,0]}", 422, "observation[1] = 1000"),  # an integer of any length is JSON
     (b'{"observation":[0,0,0,0],"action_mask":[1,1]}', 422, "trained without masks"),
     (b'{"observation":[0,0,0,0],"unit":"u"}', 422, "unknown field `unit`"),

@@ -4,11 +4,12 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from policies.errors import ConfigError
+from policies.functions import load_function
 from policies.integrity import canonical_json
 from policies.verdicts import GateReport, GateResult, Verdict
 from training.evaluation import Evaluation, EvaluationRequest
 from training.gates.budget import budget
-from training.gates.context import Contender, Gate, GateContext, GateRun, load_function
+from training.gates.context import Contender, Gate, GateContext, GateRun
 from training.gates.edge_cases import edge_cases
 from training.gates.objective import reward_hacking
 from training.gates.performance import performance

@@ -4,13 +4,11 @@ A gate is a generator: it yields the evaluations that it needs, is sent what cam
 its result. So no gate waits for another, their episodes run together on all rollout workers, and a test can answer instead.
 """
 
-import importlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 from policies.distributions import Mode
-from policies.errors import ConfigError
 from policies.policy import Policy
 from policies.verdicts import GateResult
 from training.config import EnvironmentConfig
@@ -62,18 +60,3 @@ class GateContext:
     def first_look(self, contender: Contender) -> EvaluationRequest:
         """Return the request that most gates begin with."""
         return self.episodes(contender, self.config.performance.episodes)
-
-
-def load_function(reference: str, key: str) -> Callable[..., Any]:
-    """Import `module:function`; raises `ConfigError` that names the setting and says which half is wrong."""
-    module_name, separator, name = reference.partition(":")
-    if not separator or not module_name or not name:
-        raise ConfigError(f"{key} is {reference!r}, expected `module:function`")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's code runs here, and may raise anything
-        raise ConfigError(f"{key} {reference!r}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"{key} {reference!r}: {module_name} has no function {name!r}")
-    return function

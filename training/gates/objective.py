@@ -6,10 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from policies.errors import ConfigError
+from policies.functions import load_function
 from policies.verdicts import GateResult, Verdict, judged
 from training.evaluation import Evaluation
 from training.gates.config import ObjectiveConfig
-from training.gates.context import GateContext, GateRun, load_function
+from training.gates.context import GateContext, GateRun
 from training.gates.intervals import mean_interval
 
 Metric = Callable[["Episode"], float]

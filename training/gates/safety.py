@@ -6,10 +6,11 @@ import numpy as np
 
 from policies.confidence import ConfidenceSequence
 from policies.errors import ConfigError
+from policies.functions import load_function
 from policies.verdicts import GateResult, Verdict, judged
 from training.evaluation import Evaluation
 from training.gates.config import ConstraintConfig, CostConfig
-from training.gates.context import GateContext, GateRun, load_function
+from training.gates.context import GateContext, GateRun
 from training.gates.intervals import Interval, share_interval
 
 MAX_SHOWN, MAX_SHOWN_FEATURES = 3, 64

@@ -1,0 +1,171 @@
+"""What a request body asks for: one decision or many, each with its name."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec import UNSET, UnsetType
+
+from policies.errors import RequestInvalid
+from policies.observations import Box
+from policies.spaces import Spaces
+from serve_app.decision_ids import DecisionIds
+from serve_app.wire import DecideRequest, Many, decide_decoder
+
+NO_DEADLINE_S = float("inf")
+
+
+class Ask(NamedTuple):
+    """One decision that is asked for. Times are those of `time.perf_counter`; `deadline_s` is infinite without one.
+
+    `is_numbers`: the observation is nested lists of nothing but floats. `is_named`: the client gave the request's id, so it may
+    send it again. `arm` is a tester's choice, else None.
+    """
+
+    decision_id: str
+    unit_id: str
+    episode_id: str | None
+    observation: Any
+    mask: Any
+    is_numbers: bool
+    is_named: bool
+    mode: Literal["greedy", "sample"] | None
+    explain: bool
+    arm: str | None
+    started_s: float
+    deadline_s: float
+
+
+class ManyAsk(NamedTuple):
+    """Many decisions of one request. What is not a list is the same for all.
+
+    `batch_id` is the request's id if the decisions are named after it, else empty. A binary request has `numbers` [N, *shape] in
+    place of `observations`.
+    """
+
+    batch_id: str
+    decision_ids: list[str]
+    unit_ids: str | list[str]
+    episode_ids: list[str | None] | None
+    observations: list[Any]
+    numbers: np.ndarray | None
+    masks: Sequence[Any] | None
+    is_numbers: bool
+    is_named: bool
+    mode: Literal["greedy", "sample"] | None
+    explain: bool
+    arm: str | None
+    started_s: float
+    deadline_s: float
+
+    def unit_list(self) -> list[str]:
+        return self.unit_ids if isinstance(self.unit_ids, list) else [self.unit_ids] * len(self.decision_ids)
+
+
+class AskReader:
+    """Reads bodies. A policy of one Box has a decoder of its own, which knows that every item must be a number."""
+
+    def __init__(self, decision_ids: DecisionIds) -> None:
+        self._decision_ids = decision_ids
+        self._spaces: Spaces | None = None
+        self._number_decoder: msgspec.json.Decoder | None = None
+
+    def read(self, body: bytes, spaces: Spaces, started_s: float, arm: str | None = None) -> Ask | ManyAsk:
+        """Return what is asked for; raises `RequestInvalid` for what is no request. Observations are checked in the batch."""
+        asked, is_numbers = self._decode(body, spaces)
+        if asked.observations is not None:
+            return self._many(asked, is_numbers, started_s, arm)
+        if asked.observation is UNSET:
+            raise RequestInvalid("the body has neither `observation` nor `observations`; send one of them")
+        if asked.action_masks or asked.unit_ids or asked.episode_ids or asked.request_ids:
+            raise RequestInvalid("action_masks, unit_ids, episode_ids and request_ids belong to `observations`")
+        if asked.request_id is None:
+            request_id, decision_id = self._decision_ids.next()
+        else:
+            request_id, decision_id = asked.request_id, self._decision_ids.name(asked.request_id)
+        return Ask(
+            decision_id,
+            asked.unit_id or asked.episode_id or request_id,  # an episode without a unit keeps its arm too
+            asked.episode_id,
+            asked.observation,
+            asked.action_mask,
+            is_numbers,
+            asked.request_id is not None,
+            asked.mode,
+            asked.explain,
+            arm,
+            started_s,
+            NO_DEADLINE_S if asked.deadline_ms is None else started_s + asked.deadline_ms / 1000,
+        )
+
+    def _decode(self, body: bytes, spaces: Spaces) -> tuple[DecideRequest, bool]:
+        if spaces is not self._spaces:
+            self._spaces, self._number_decoder = spaces, _number_decoder(spaces)
+        if self._number_decoder is not None:
+            try:
+                return self._number_decoder.decode(body), True
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                pass  # read again for a message that says which item of which observation is wrong
+        return decide_decoder.decode(body), False
+
+    def _many(self, asked: DecideRequest, is_numbers: bool, started_s: float, deadline_s: float, arm: str | None) -> ManyAsk:
+        observations = asked.observations
+        assert observations is not None
+        if asked.observation is not UNSET or asked.action_mask is not None or asked.episode_id is not None:
+            raise RequestInvalid(
+                "observation, action_mask and episode_id belong to one observation, this body has `observations`"
+            )
+        for name in ("action_masks", "unit_ids", "episode_ids", "request_ids"):
+            values = getattr(asked, name)
+            if values is not None and len(values) != len(observations):
+                raise RequestInvalid(f"{name} has {len(values)} items for {len(observations)} observations; give one for each")
+        for one, many in (("unit_id", "unit_ids"), ("request_id", "request_ids")):
+            if getattr(asked, one) is not None and getattr(asked, many) is not None:
+                raise RequestInvalid(f"both {one} and {many} are given; leave one of them away")
+        batch_id, decision_ids, unit_ids = self.names(
+            len(observations), request_id=asked.request_id, request_ids=asked.request_ids
+        )
+        if asked.episode_ids is not None:
+            unit_ids = [episode_id or unit_ids[i] for i, episode_id in enumerate(asked.episode_ids)]
+        return ManyAsk(
+            batch_id,
+            decision_ids,
+            asked.unit_ids or asked.unit_id or unit_ids,
+            asked.episode_ids,
+            observations,
+            None,
+            asked.action_masks,
+            is_numbers,
+            asked.request_id is not None or asked.request_ids is not None,
+            asked.mode,
+            asked.explain,
+            arm,
+            started_s,
+            NO_DEADLINE_S if asked.deadline_ms is None else started_s + asked.deadline_ms / 1000,
+        )
+
+    def names(self, num: int, *, request_id: str | None, request_ids: list[str] | None) -> tuple[str, list[str], list[str]]:
+        """Return the batch's id, the decisions' ids and, where nothing else says it, the units of many decisions."""
+        if request_ids is not None:
+            if len(set(request_ids)) != num:
+                raise RequestInvalid("request_ids holds an id twice; every decision needs one of its own")
+            return "", [self._decision_ids.name(name) for name in request_ids], request_ids
+        batch_id = request_id or self._decision_ids.new_batch()
+        return batch_id, self._decision_ids.names_within(batch_id, num), [f"{batch_id}:{i}" for i in range(num)]
+
+
+def _number_decoder(spaces: Spaces) -> msgspec.json.Decoder | None:
+    """Return a decoder that takes exactly nested lists of numbers for observations, None where they are something else."""
+    if not isinstance(spaces.observation, Box):
+        return None
+    numbers: Any = float
+    for _ in spaces.observation.low.shape:
+        numbers = list[numbers]
+    request = msgspec.defstruct(
+        "DecideNumbersRequest",
+        [("observation", numbers | UnsetType, UNSET), ("observations", Many[numbers] | None, None)],
+        bases=(DecideRequest,),
+        forbid_unknown_fields=True,
+    )
+    return msgspec.json.Decoder(request)

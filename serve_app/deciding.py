@@ -1,0 +1,235 @@
+"""What each row of a batch is answered, and how probable that answer was.
+
+Usually every version of the plan answers for every row. Then all rows are decided at once, arm by arm. Whatever is not usual goes
+down the ladder (`serve_app.rungs`) row by row: a version that raised or gave NaN, a shield, a mode that a request asks for.
+
+B rows, P numbers of a distribution.
+"""
+
+import itertools
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from policies.distributions import Mode, seed_of
+from policies.errors import ServiceUnavailable
+from policies.traffic import Arm, assign
+from serve_app.breaker import Breaker
+from serve_app.config import ServingConfig
+from serve_app.rungs import Ladder, Row, Walk, versions_of
+from serve_app.variants import Snapshot, Variant
+
+logger = logging.getLogger(__name__)
+
+
+class Rows(NamedTuple):
+    """A batch to decide. `modes` and `arms` are what the requests ask for, per row; None where no row asks for anything.
+
+    `keeps_distributions`: somebody wants to see them.
+    """
+
+    decision_ids: list[str]
+    unit_ids: list[str]
+    obs_BD: np.ndarray
+    mask_BA: np.ndarray | None
+    modes: list[Mode | None] | None = None
+    arms: list[str | None] | None = None
+    keeps_distributions: bool = False
+
+
+class Answer(NamedTuple):
+    """One row's decision. `parameters_P` is the distribution of the version that answered, where somebody wants to see it."""
+
+    arm: str
+    version: int
+    digest: str
+    mode: Mode
+    seed: int
+    action: Any
+    propensity: float
+    mixture_propensity: float
+    rung: str
+    fallback: str | None
+    shield: str | None
+    parameters_P: np.ndarray | None
+
+
+@dataclass
+class _Looks:
+    """What the versions say of a batch. A version is asked when somebody needs it, and once.
+
+    `failures` says why a version has no distribution at all, `bad_rows` for which rows it has none.
+    """
+
+    snapshot: Snapshot
+    rows: Rows
+    breakers: dict[int, Breaker]
+    now_s: Callable[[], float]
+    slow_s: float
+    parameters: dict[int, np.ndarray] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    bad_rows: dict[int, set[int]] = field(default_factory=dict)
+
+    def ask(self, variant: Variant) -> bool:
+        """Ask a version about all rows and return whether every row got a distribution."""
+        version = variant.version
+        if version not in self.parameters and version not in self.failures:
+            self._ask(variant)
+        return version in self.parameters and not self.bad_rows[version]
+
+    def of_row(self, variant: Variant, row: int) -> np.ndarray | str:
+        """Return the distribution of one row, or why there is none."""
+        self.ask(variant)
+        version = variant.version
+        if version in self.failures:
+            return self.failures[version]
+        return f"version {version} gave NaN" if row in self.bad_rows[version] else self.parameters[version][row]
+
+    def _ask(self, variant: Variant) -> None:
+        version, num_rows, started_s = variant.version, len(self.rows.obs_BD), self.now_s()
+        breaker = self.breakers.setdefault(version, Breaker())
+        if not breaker.allows(started_s):
+            self.failures[version] = f"version {version} is not asked for a while: {breaker.reason}"
+            return
+        try:
+            parameters_BP = variant.distributions(self.rows.obs_BD, self.rows.mask_BA)
+        except Exception as error:  # a version's failure is not the request's: the ladder's next step answers
+            logger.exception("event=version_failed version=%d", version)
+            self.failures[version] = f"version {version} raised {error!r:.300}"
+            breaker.note(0, num_rows, self.now_s(), self.failures[version])
+            return
+        self.parameters[version] = parameters_BP
+        is_usable = np.isfinite(parameters_BP)
+        bad = set() if is_usable.all() else set(np.flatnonzero(~is_usable.all(axis=1)).tolist())
+        self.bad_rows[version] = bad
+        ended_s = self.now_s()
+        if ended_s - started_s > self.slow_s:
+            breaker.note(0, num_rows, ended_s, f"version {version} took {1000 * (ended_s - started_s):.0f} ms")
+        else:
+            breaker.note(num_rows - len(bad), len(bad), ended_s, f"version {version} gave NaN")
+
+
+class Decider:
+    """Decides batches. Holds nothing but the ladder and the breakers; `now_s` is a clock that does not go back."""
+
+    def __init__(self, config: ServingConfig, *, now_s: Callable[[], float]) -> None:
+        self.ladder = Ladder(config)
+        self.breakers: dict[int, Breaker] = {}
+        self._now_s = now_s
+        self._slow_s = config.fallback.slow_ms / 1000
+
+    def decide(self, rows: Rows, snapshot: Snapshot) -> list[Answer | ServiceUnavailable]:
+        """Return an answer per row, or why there is none; what is wrong with a row is nobody else's."""
+        looks = _Looks(snapshot, rows, self.breakers, self._now_s, self._slow_s)
+        is_usual = self.ladder.shield is None and rows.modes is None and rows.arms is None
+        if is_usual and all([looks.ask(variant) for variant in snapshot.variants.values()]):
+            return _decide_usual(rows, snapshot, looks.parameters)
+        return [self._decide_row(row, rows, snapshot, looks) for row in range(len(rows.decision_ids))]
+
+    def open_breakers(self) -> dict[int, str]:
+        """Return the versions that are not asked at the moment, and why."""
+        return {version: breaker.reason for version, breaker in self.breakers.items() if breaker.is_open}
+
+    def _decide_row(self, index: int, rows: Rows, snapshot: Snapshot, looks: _Looks) -> Answer | ServiceUnavailable:
+        row = Row(
+            rows.decision_ids[index],
+            rows.obs_BD[index],
+            None if rows.mask_BA is None else rows.mask_BA[index],
+            rows.modes[index] if rows.modes else None,
+        )
+        asked_arm = rows.arms[index] if rows.arms else None
+        plan = snapshot.plan
+        arm = assign(rows.unit_ids[index], plan) if asked_arm is None else plan.arm(asked_arm)
+        if arm is None:
+            return ServiceUnavailable(f"the plan has no arm {asked_arm!r}; it has {', '.join(a.name for a in plan.arms)}")
+        walks = {a.name: self._walk(row, index, a, snapshot, looks) for a in plan.arms}
+        try:
+            sent = walks[arm.name].send()
+        except ServiceUnavailable as error:
+            return error
+        rung = sent.rung
+        mixture = sent.propensity
+        if asked_arm is None:
+            mixture = math.fsum(a.weight * walks[a.name].propensity(sent.action) for a in plan.arms if a.weight)
+        answer = Answer(
+            arm.name,
+            rung.version,
+            rung.digest,
+            rung.mode,
+            sent.seed,
+            sent.action,
+            sent.propensity,
+            mixture,
+            rung.name,
+            sent.fallback,
+            sent.shield,
+            rung.parameters_P,
+        )
+        return _if_learnable(answer)
+
+    def _walk(self, row: Row, index: int, arm: Arm, snapshot: Snapshot, looks: _Looks) -> Walk:
+        versions = versions_of(arm, snapshot)
+        by_version = {variant.version: variant for _, variant in versions}
+        return self.ladder.walk(row, versions, lambda version: looks.of_row(by_version[version], index))
+
+
+def _decide_usual(rows: Rows, snapshot: Snapshot, parameters: dict[int, np.ndarray]) -> list[Answer | ServiceUnavailable]:
+    """Decide all rows at once, given that each version of the plan answers for each of them."""
+    plan, seeds = snapshot.plan, [seed_of(decision_id) for decision_id in rows.decision_ids]
+    if len(plan.arms) == 1:
+        return _sent_by(plan.arms[0], snapshot, parameters, seeds, keeps_distributions=rows.keeps_distributions)
+    answers: list[Answer | ServiceUnavailable] = [None] * len(seeds)  # type: ignore[list-item]
+    of_arm: dict[str, list[int]] = {arm.name: [] for arm in plan.arms}
+    for row, unit_id in enumerate(rows.unit_ids):
+        of_arm[assign(unit_id, plan).name].append(row)
+    for arm in plan.arms:
+        chosen = of_arm[arm.name]
+        if not chosen:
+            continue
+        its_own = {version: parameters_BP[chosen] for version, parameters_BP in parameters.items()}
+        own_seeds = [seeds[row] for row in chosen]
+        sent = _sent_by(arm, snapshot, its_own, own_seeds, keeps_distributions=rows.keeps_distributions)
+        for row, answer in zip(chosen, sent):
+            answers[row] = answer
+    return answers
+
+
+def _sent_by(
+    arm: Arm, snapshot: Snapshot, parameters: dict[int, np.ndarray], seeds: list[int], *, keeps_distributions: bool
+) -> list[Answer | ServiceUnavailable]:
+    """Return what one arm answers its rows."""
+    variant, plan = snapshot.variants[arm.version], snapshot.plan
+    own_BP = parameters[arm.version]
+    actions, propensities = variant.policy.distribution.choose_many(own_BP, variant.mode, seeds)
+    mixtures = propensities
+    if len(plan.arms) > 1:
+        shares = np.zeros(len(seeds))
+        for other in plan.arms:
+            if other.weight:
+                theirs = snapshot.variants[other.version]
+                under = theirs.policy.distribution.propensity_many(actions, parameters[other.version], theirs.mode)
+                shares += other.weight * np.array(under)
+        mixtures = shares.tolist()
+    seen = own_BP if keeps_distributions else itertools.repeat(None)
+    name, version, digest, mode = arm.name, variant.version, variant.digest, variant.mode
+    answers = [
+        Answer(name, version, digest, mode, seed, action, propensity, mixture, "arm", None, None, parameters_P)
+        for seed, action, propensity, mixture, parameters_P in zip(seeds, actions, propensities, mixtures, seen)
+    ]
+    if min(propensities) > 0 and max(propensities) < math.inf and min(mixtures) > 0 and max(mixtures) < math.inf:
+        return answers
+    return [_if_learnable(answer) for answer in answers]
+
+
+def _if_learnable(answer: Answer) -> Answer | ServiceUnavailable:
+    """Return the answer, unless its propensity cannot be written down: densities of hundreds of narrow components."""
+    if 0 < answer.propensity < math.inf and 0 < answer.mixture_propensity < math.inf:
+        return answer
+    return ServiceUnavailable(
+        f"the action's propensity is {answer.propensity:g}, and {answer.mixture_propensity:g} over all arms: nothing can be "
+        "learned from that; serve this policy greedily"
+    )

@@ -1,0 +1,214 @@
+"""How a decision is written down, and how it is told."""
+
+import base64
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from msgspec import UNSET
+
+from policies.errors import RequestConflict, RequestRefused
+from policies.records import Decision, DecisionBatch
+from policies.spaces import Spaces
+from policies.traffic import TrafficPlan
+from serve_app.asks import Ask, ManyAsk
+from serve_app.deciding import Answer
+from serve_app.features import Encoded
+from serve_app.wire import DecideAnswer, DecideFailure, Explanation, Failure
+
+
+class Moment(NamedTuple):
+    """When a batch is decided, on both clocks, and under which plan."""
+
+    plan: TrafficPlan
+    wall_s: float
+    now_s: float
+
+
+def decision_of(
+    ask: Ask, observation: Any, mask_A: np.ndarray | None, repair: str | None, answer: Answer, at: Moment
+) -> Decision:
+    """Return the log's record of one decision."""
+    return Decision(  # by position, in the record's order: names would double the time
+        ask.decision_id,
+        at.wall_s,
+        ask.unit_id,
+        ask.episode_id,
+        at.plan.number,
+        at.plan.release,
+        answer.arm,
+        answer.version,
+        answer.digest,
+        observation,
+        answer.action,
+        answer.mode,
+        answer.seed,
+        answer.propensity,
+        answer.mixture_propensity,
+        answer.fallback,
+        at.now_s - ask.started_s,
+        None if mask_A is None else mask_A.tolist(),
+        answer.rung,
+        answer.shield,
+        "plan" if ask.arm is None else "request",
+        repair,
+    )
+
+
+def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[Answer], at: Moment) -> DecisionBatch:
+    """Return the log's record of many decisions. `rows` are their places among those that were asked for."""
+    is_all = len(rows) == len(ask.decision_ids)
+    units = ask.unit_ids
+    arms = {answer.arm for answer in answers}
+    versions = {answer.version for answer in answers}
+    modes = {answer.mode for answer in answers}
+    return DecisionBatch(
+        batch_id=ask.batch_id,
+        decision_ids=ask.decision_ids if is_all else [ask.decision_ids[row] for row in rows],
+        time_s=at.wall_s,
+        unit_ids=[units[row] for row in rows] if isinstance(units, list) else units,
+        episode_ids=None if ask.episode_ids is None else [ask.episode_ids[row] for row in rows],
+        plan=at.plan.number,
+        release=at.plan.release,
+        arms=_same([answer.arm for answer in answers], arms),
+        versions=_same([answer.version for answer in answers], versions),
+        digests={answer.version: answer.digest for answer in answers},
+        observations=_observations(ask, encoded, rows),
+        shape=None if ask.numbers is None else list(ask.numbers.shape[1:]),
+        actions=[answer.action for answer in answers],
+        modes=_same([answer.mode for answer in answers], modes),
+        seeds=[answer.seed for answer in answers],
+        propensities=[answer.propensity for answer in answers],
+        mixture_propensities=_column([answer.mixture_propensity for answer in answers], len(at.plan.arms) == 1),
+        fallbacks=_unless_empty([answer.fallback for answer in answers]),
+        latency_s=at.now_s - ask.started_s,
+        action_masks=None if encoded.mask_BA is None else encoded.mask_BA[_places(encoded, rows)].tolist(),
+        rungs=None if all(answer.rung == "arm" for answer in answers) else [answer.rung for answer in answers],
+        shields=_unless_empty([answer.shield for answer in answers]),
+        assigned="plan" if ask.arm is None else "request",
+        repairs=_unless_empty([encoded.repairs.get(row) for row in rows]) if encoded.repairs else None,
+    )
+
+
+def answer_of(decision: Decision, policy: str, parameters_P: np.ndarray | None, *, explain: bool) -> DecideAnswer:
+    """Return what the client is told."""
+    return DecideAnswer(
+        decision.decision_id,
+        decision.action,
+        policy,
+        decision.version,
+        decision.arm,
+        decision.propensity,
+        decision.fallback,
+        decision.repair,
+        explanation_of(decision, parameters_P) if explain else None,
+    )
+
+
+def explanation_of(decision: Decision, parameters_P: np.ndarray | None) -> Explanation:
+    distribution = None if parameters_P is None else parameters_P.tolist()
+    return Explanation(distribution, decision.seed, decision.mode, decision.mixture_propensity, decision.rung, decision.shield)
+
+
+def one_of_many(ask: ManyAsk, row: int, answer: Answer, repair: str | None) -> DecideAnswer:
+    """Return what the client is told of one of many decisions."""
+    explanation = None
+    if ask.explain:
+        parameters_P = answer.parameters_P
+        distribution = None if parameters_P is None else parameters_P.tolist()
+        explanation = Explanation(distribution, answer.seed, answer.mode, answer.mixture_propensity, answer.rung, answer.shield)
+    return DecideAnswer(
+        ask.decision_ids[row],
+        answer.action,
+        UNSET,
+        answer.version,
+        answer.arm,
+        answer.propensity,
+        answer.fallback,
+        repair,
+        explanation,
+    )
+
+
+def failure_of(error: RequestRefused) -> DecideFailure:
+    """Return what stands in the place of an answer that there is none of."""
+    return DecideFailure(Failure(error.status, str(error)))
+
+
+def told_again(ask: Ask, logged: Decision, policy: str, spaces: Spaces) -> DecideAnswer:
+    """Return the logged decision of a request that came before; raises `RequestConflict` if this one asks for something else."""
+    observation, mask = spaces.split_mask(ask.observation, ask.mask)
+    _require_same(logged, observation, spaces.check_mask(mask), unit_id=ask.unit_id, episode_id=ask.episode_id, mode=ask.mode)
+    return answer_of(logged, policy, None, explain=ask.explain)
+
+
+def row_told_again(ask: ManyAsk, row: int, logged: Decision, spaces: Spaces) -> DecideAnswer | DecideFailure:
+    """Return the same for one of many, a conflict in its place."""
+    observation = ask.observations[row] if ask.numbers is None else ask.numbers[row].tolist()
+    units = ask.unit_ids
+    try:
+        observation, mask = spaces.split_mask(observation, ask.masks[row] if ask.masks is not None else None)
+        _require_same(
+            logged,
+            observation,
+            spaces.check_mask(mask),
+            unit_id=units[row] if isinstance(units, list) else units,
+            episode_id=ask.episode_ids[row] if ask.episode_ids is not None else None,
+            mode=ask.mode,
+        )
+    except RequestRefused as error:
+        return failure_of(error)
+    return DecideAnswer(
+        logged.decision_id,
+        logged.action,
+        UNSET,
+        logged.version,
+        logged.arm,
+        logged.propensity,
+        logged.fallback,
+        logged.repair,
+        explanation_of(logged, None) if ask.explain else None,
+    )
+
+
+def _require_same(
+    logged: Decision, observation: Any, mask_A: np.ndarray | None, *, unit_id: str, episode_id: str | None, mode: str | None
+) -> None:
+    pairs = {"unit_id": (unit_id, logged.unit_id), "episode_id": (episode_id, logged.episode_id)}
+    pairs["action_mask"] = (None if mask_A is None else mask_A.tolist(), logged.action_mask)
+    if logged.repair is None:  # else the log holds another observation than the request
+        pairs["observation"] = (observation, logged.observation)
+    if mode is not None:
+        pairs["mode"] = (mode, logged.mode)
+    different = [name for name, (asked, found) in pairs.items() if asked != found]
+    if different:
+        raise RequestConflict(
+            f"decision {logged.decision_id!r} was made before, for another {' and '.join(different)}; "
+            "a new request needs a new request_id"
+        )
+
+
+def _observations(ask: ManyAsk, encoded: Encoded, rows: Sequence[int]) -> list[Any] | str:
+    if ask.numbers is not None:
+        chosen = ask.numbers if len(rows) == len(ask.numbers) else ask.numbers[list(rows)]
+        return base64.b64encode(np.ascontiguousarray(chosen, "<f4").tobytes()).decode()
+    if len(rows) == len(ask.decision_ids):
+        return list(encoded.observations)
+    return [encoded.observations[row] for row in rows]
+
+
+def _places(encoded: Encoded, rows: Sequence[int]) -> list[int]:
+    place = {row: index for index, row in enumerate(encoded.rows)}
+    return [place[row] for row in rows]
+
+
+def _same(values: list[Any], distinct: set[Any]) -> Any:
+    return values[0] if len(distinct) == 1 else values
+
+
+def _column(values: list[float], is_left_out: bool) -> list[float] | None:
+    return None if is_left_out else values
+
+
+def _unless_empty(values: list[str | None]) -> list[str | None] | None:
+    return values if any(value is not None for value in values) else None

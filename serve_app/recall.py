@@ -1,0 +1,155 @@
+"""What was answered to this request before, by this replica or another one?
+
+A client that lost an answer asks again, and may come to another replica. Sampling is seeded by the id, so usually that one would
+answer the same; but the plan may have changed in between, and then the decision that is in the log holds. So each replica
+knows where in the logs the latest decisions are: its own as it writes them, the others' by reading what they appended, just
+before each batch in which a client named its request. With one replica that costs nothing.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from policies.records import BATCH_PREFIX, Decision, DecisionBatch
+
+logger = logging.getLogger(__name__)
+
+MAX_REMEMBERED = 100_000  # names, twice as many at most: about 25 MB each
+RECENT_S = 300.0  # a segment that nobody wrote to for longer holds nothing that a client would still ask for
+FIRST_LOOK_BYTES = 16 << 20  # of the end of each segment that another replica, or a former life, has written
+LOOK_INTERVAL_S = 0.5  # for new segments: a replica needs longer to start
+
+_ID_START = b'{"decision_id":"'
+
+
+class _Ids(msgspec.Struct):
+    batch_id: str
+    decision_ids: list[str]
+
+
+_ids_decoder = msgspec.json.Decoder(_Ids)
+_decision_decoder = msgspec.json.Decoder(Decision)
+_batch_decoder = msgspec.json.Decoder(DecisionBatch)
+
+
+class Place:
+    """One segment of the log, open for reading, and how far it was read."""
+
+    __slots__ = ("descriptor", "offset", "path")
+
+    def __init__(self, path: Path, descriptor: int, offset: int) -> None:
+        self.path, self.descriptor, self.offset = path, descriptor, offset
+
+
+class Recall:
+    """Finds logged decisions by what a client calls them: a decision's id, or the id of a request for many."""
+
+    def __init__(self, directory: Path, own_writer: str) -> None:
+        self._directory = directory
+        self._own_writer = own_writer
+        self._newer: dict[str, tuple[Path, int]] = {}
+        self._older: dict[str, tuple[Path, int]] = {}
+        self._others: dict[Path, Place] = {}
+        self._looked_s = float("-inf")
+        self._seen_change_ns = -1
+
+    def remember(self, names: Iterable[str], path: Path, offset: int) -> None:
+        """Note where a line begins that this replica has just written."""
+        for name in names:
+            self._newer[name] = (path, offset)
+        if len(self._newer) > MAX_REMEMBERED:
+            self._older, self._newer = self._newer, {}
+
+    def catch_up(self) -> None:
+        """Read what other replicas have appended since the last call."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s >= LOOK_INTERVAL_S:
+            self._looked_s = now_s
+            self._look_for_segments()
+        for place in list(self._others.values()):
+            size = os.fstat(place.descriptor).st_size
+            if size > place.offset:
+                self._read(place, size)
+
+    def find(self, name: str) -> list[Decision]:
+        """Return the logged decisions of this name, none if it was not decided lately."""
+        where = self._newer.get(name) or self._older.get(name)
+        if where is None:
+            return []
+        line = _line_at(*where)
+        if not line:
+            return []
+        if line.startswith(BATCH_PREFIX):
+            batch = _batch_decoder.decode(line)
+            decisions = list(batch.rows())
+            return decisions if name == batch.batch_id else [d for d in decisions if d.decision_id == name]
+        return [_decision_decoder.decode(line)]
+
+    def close(self) -> None:
+        for place in self._others.values():
+            os.close(place.descriptor)
+        self._others = {}
+
+    def _look_for_segments(self) -> None:
+        try:
+            change_ns = os.stat(self._directory).st_mtime_ns
+        except FileNotFoundError:
+            return
+        if change_ns == self._seen_change_ns:
+            return
+        self._seen_change_ns = change_ns
+        found: set[Path] = set()
+        for entry in os.scandir(self._directory):
+            if entry.name.endswith(".jsonl") and not entry.name.startswith((self._own_writer, ".")):
+                try:
+                    self._take_in(Path(entry.path), entry.stat(), found)
+                except FileNotFoundError:  # it was sealed in this moment
+                    continue
+        for path in set(self._others) - found:
+            os.close(self._others.pop(path).descriptor)
+
+    def _take_in(self, path: Path, stat: os.stat_result, found: set[Path]) -> None:
+        if path in self._others:
+            found.add(path)
+        elif time.time() - stat.st_mtime < RECENT_S:
+            descriptor = os.open(path, os.O_RDONLY)
+            start = max(0, stat.st_size - FIRST_LOOK_BYTES)
+            if start:
+                start += os.pread(descriptor, 1 << 20, start).find(b"\n") + 1
+            self._others[path] = Place(path, descriptor, start)
+            found.add(path)
+
+    def _read(self, place: Place, size: int) -> None:
+        data = os.pread(place.descriptor, size - place.offset, place.offset)
+        complete = data.rfind(b"\n") + 1
+        for line in data[:complete].split(b"\n")[:-1]:
+            if line.startswith(_ID_START):
+                name = line[len(_ID_START) : line.index(b'"', len(_ID_START))].decode()
+                self.remember((name,), place.path, place.offset)
+            elif line.startswith(BATCH_PREFIX):
+                self.remember(names_of_batch(line), place.path, place.offset)
+            place.offset += len(line) + 1
+
+
+def names_of_batch(line: bytes) -> list[str]:
+    """Return under which names a batch may be asked for again: its own, or those of its decisions if each has one."""
+    try:
+        ids = _ids_decoder.decode(line)
+    except msgspec.DecodeError as error:  # not by us: a writer leaves only whole lines; the monitor reports it
+        logger.error("event=log_line_damaged error=%r", str(error))
+        return []
+    return [ids.batch_id] if ids.batch_id else ids.decision_ids
+
+
+def _line_at(path: Path, offset: int) -> bytes:
+    """Return the line that begins at an offset; empty when its segment is gone, sealed since."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.readline()
+    except FileNotFoundError:
+        return b""
