@@ -41,14 +41,14 @@ class ManyAsk(NamedTuple):
     """Many decisions of one request. What is not a list is the same for all.
 
     `batch_id` is the request's id if the decisions are named after it, else empty. A binary request has `numbers` [N, *shape] in
-    place of `observations`.
+    place of `observations`. `is_all_or_nothing`: if one of them cannot be decided, none is.
     """
 
     batch_id: str
     decision_ids: list[str]
     unit_ids: str | list[str]
     episode_ids: list[str | None] | None
-    observations: list[Any]
+    observations: Sequence[Any]
     numbers: np.ndarray | None
     masks: Sequence[Any] | None
     is_numbers: bool
@@ -58,6 +58,7 @@ class ManyAsk(NamedTuple):
     arm: str | None
     started_s: float
     deadline_s: float
+    is_all_or_nothing: bool
 
     def unit_list(self) -> list[str]:
         return self.unit_ids if isinstance(self.unit_ids, list) else [self.unit_ids] * len(self.decision_ids)
@@ -109,43 +110,79 @@ class AskReader:
                 pass  # read again for a message that says which item of which observation is wrong
         return decide_decoder.decode(body), False
 
-    def _many(self, asked: DecideRequest, is_numbers: bool, started_s: float, deadline_s: float, arm: str | None) -> ManyAsk:
+    def _many(self, asked: DecideRequest, is_numbers: bool, started_s: float, arm: str | None) -> ManyAsk:
         observations = asked.observations
         assert observations is not None
         if asked.observation is not UNSET or asked.action_mask is not None or asked.episode_id is not None:
             raise RequestInvalid(
                 "observation, action_mask and episode_id belong to one observation, this body has `observations`"
             )
-        for name in ("action_masks", "unit_ids", "episode_ids", "request_ids"):
-            values = getattr(asked, name)
-            if values is not None and len(values) != len(observations):
-                raise RequestInvalid(f"{name} has {len(values)} items for {len(observations)} observations; give one for each")
-        for one, many in (("unit_id", "unit_ids"), ("request_id", "request_ids")):
-            if getattr(asked, one) is not None and getattr(asked, many) is not None:
-                raise RequestInvalid(f"both {one} and {many} are given; leave one of them away")
-        batch_id, decision_ids, unit_ids = self.names(
-            len(observations), request_id=asked.request_id, request_ids=asked.request_ids
+        return self.many(
+            len(observations),
+            observations=observations,
+            is_numbers=is_numbers,
+            masks=asked.action_masks,
+            unit_ids=asked.unit_ids or asked.unit_id,
+            episode_ids=asked.episode_ids,
+            request_id=asked.request_id,
+            request_ids=asked.request_ids,
+            mode=asked.mode,
+            explain=asked.explain,
+            arm=arm,
+            started_s=started_s,
+            deadline_ms=asked.deadline_ms,
         )
-        if asked.episode_ids is not None:
-            unit_ids = [episode_id or unit_ids[i] for i, episode_id in enumerate(asked.episode_ids)]
+
+    def many(
+        self,
+        num: int,
+        *,
+        started_s: float,
+        observations: Sequence[Any] = (),
+        numbers: np.ndarray | None = None,
+        is_numbers: bool = False,
+        masks: Sequence[Any] | None = None,
+        unit_ids: str | list[str] | None = None,
+        episode_ids: list[str | None] | None = None,
+        request_id: str | None = None,
+        request_ids: list[str] | None = None,
+        mode: Literal["greedy", "sample"] | None = None,
+        explain: bool = False,
+        arm: str | None = None,
+        deadline_ms: float | None = None,
+        is_all_or_nothing: bool = False,
+    ) -> ManyAsk:
+        """Return a request for `num` decisions; raises `RequestInvalid` for lists of another length, or for ids that clash."""
+        columns = {"action_masks": masks, "unit_ids": unit_ids, "episode_ids": episode_ids, "request_ids": request_ids}
+        for name, values in columns.items():
+            if values is not None and not isinstance(values, str) and len(values) != num:
+                raise RequestInvalid(f"{name} has {len(values)} items for {num} observations; give one for each")
+        if request_id is not None and request_ids is not None:
+            raise RequestInvalid("both request_id and request_ids are given; leave one of them away")
+        batch_id, decision_ids, own_units = self._names(num, request_id=request_id, request_ids=request_ids)
+        if unit_ids is None:
+            unit_ids = own_units
+            if episode_ids is not None:  # an episode without a unit keeps its arm too
+                unit_ids = [episode_id or own_units[row] for row, episode_id in enumerate(episode_ids)]
         return ManyAsk(
             batch_id,
             decision_ids,
-            asked.unit_ids or asked.unit_id or unit_ids,
-            asked.episode_ids,
+            unit_ids,
+            episode_ids,
             observations,
-            None,
-            asked.action_masks,
+            numbers,
+            masks,
             is_numbers,
-            asked.request_id is not None or asked.request_ids is not None,
-            asked.mode,
-            asked.explain,
+            request_id is not None or request_ids is not None,
+            mode,
+            explain,
             arm,
             started_s,
-            NO_DEADLINE_S if asked.deadline_ms is None else started_s + asked.deadline_ms / 1000,
+            NO_DEADLINE_S if deadline_ms is None else started_s + deadline_ms / 1000,
+            is_all_or_nothing,
         )
 
-    def names(self, num: int, *, request_id: str | None, request_ids: list[str] | None) -> tuple[str, list[str], list[str]]:
+    def _names(self, num: int, *, request_id: str | None, request_ids: list[str] | None) -> tuple[str, list[str], list[str]]:
         """Return the batch's id, the decisions' ids and, where nothing else says it, the units of many decisions."""
         if request_ids is not None:
             if len(set(request_ids)) != num:

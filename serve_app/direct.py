@@ -148,7 +148,11 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             cause = error.__context__  # httptools wraps what its callbacks raise
             is_ours = isinstance(cause, RequestRefused)
-            self._refuse(self._lane.api.failure_response(cause, "") if is_ours else _error(400, f"this is not HTTP/1.1: {error}"))
+            self._refuse(
+                self._lane.api.failure_response(cause, _path_of(self._url))
+                if is_ours
+                else _error(400, f"this is not HTTP/1.1: {error}")
+            )
 
     def _receive_known(self, known: KnownHead, data: bytes) -> None:
         method, path, headers, _, keeps_open, _ = known.received
@@ -222,7 +226,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        path = self._url.partition(b"?")[0].decode("latin-1")
+        path = _path_of(self._url)
         keeps_open = self._parser.should_keep_alive() and not self._parser.should_upgrade()
         method = self._parser.get_method().decode()
         self._last = Received(method, path, self._headers, body, keeps_open, time.perf_counter())
@@ -375,6 +379,10 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
+
+
+def _path_of(url: bytes) -> str:
+    return url.partition(b"?")[0].decode("latin-1")
 
 
 def _too_large(max_bytes: int) -> RequestInvalid:

@@ -9,12 +9,14 @@ from serve_app.asgi import ClientGone, Receive, Request, Response, Scope, Send
 from serve_app.feedback import FeedbackIntake
 from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey
+from serve_app.open_inference import OpenInference
 from serve_app.status import StatusView
 from serve_app.telemetry import Counters
 from serve_app.variants import VariantStore
 from serve_app.wire import encode
 
 RETRY_AFTER_S = 1
+MODELS = "/v2/models/"
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class HttpApi:
         key: ApiKey,
         counters: Counters,
         files: dict[str, tuple[bytes, bytes]],
+        open_inference: OpenInference,
         own_endpoint: Callable[[], str | None],
         start: Callable[[], Awaitable[None]],
         stop: Callable[[], Awaitable[None]],
@@ -58,10 +61,14 @@ class HttpApi:
             "/v1/endpoints": ("GET", self._show_endpoints),
             "/healthz": ("GET", self._is_alive),
             "/readyz": ("GET", self._is_ready),
+            "/v2": ("GET", self._describe_server),
+            "/v2/health/live": ("GET", self._is_alive),
+            "/v2/health/ready": ("GET", self._is_ready),
         }
         pages = {f"/dashboard/{name}": _page(*content) for name, content in files.items()}
         if "index.html" in files:
             pages["/dashboard"] = pages["/dashboard/"] = _page(*files["index.html"])
+        self._open_inference = open_inference
         self._routes |= {path: ("GET", page) for path, page in pages.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,20 +91,24 @@ class HttpApi:
             raise
         except Exception as error:
             response = self.failure_response(error, path)
-        if path.startswith("/v1/"):
+        if path.startswith(("/v1/", "/v2")):
             self.counters.count_response(response.status)
         return response
 
     def failure_response(self, error: BaseException, path: str) -> Response:
         """Return how an exception looks on the wire."""
         if isinstance(error, RequestRefused):
-            return _refusal(error)
+            return _refusal(error, path)
         logger.error("event=request_failed path=%s", path, exc_info=error)
         return _error(500, f"internal error: {type(error).__name__}; the replica's log has the details")
 
     def _route(self, path: str, method: str) -> Handler:
+        if path.startswith(MODELS):
+            return self._infer if method == "POST" else self._describe_model
         if path not in self._routes:
-            raise RequestInvalid(f"there is no {path}; see /v1/decide, /v1/feedback, /v1/status, /v1/endpoints, /dashboard", 404)
+            raise RequestInvalid(
+                f"there is no {path}; see /v1/decide, /v1/feedback, /v1/status, /v1/endpoints, /v2, /dashboard", 404
+            )
         allowed, handler = self._routes[path]
         return handler if method == allowed else _wrong_method(path, allowed)
 
@@ -117,6 +128,18 @@ class HttpApi:
         replicas = (await self._status.read()).get("replicas", [])
         urls = [self._own_endpoint(), *(replica.get("endpoint") for replica in replicas)]
         return Response(200, encode({"endpoints": list(dict.fromkeys(url for url in urls if url))}))
+
+    async def _describe_server(self, request: Request) -> Response:
+        self._key.check(request.header(b"authorization"))
+        return self._open_inference.server_metadata()
+
+    async def _describe_model(self, request: Request) -> Response:
+        self._key.check(request.header(b"authorization"))
+        return self._open_inference.model(request.scope["path"])
+
+    async def _infer(self, request: Request) -> Response:
+        self._key.check(request.header(b"authorization"))
+        return await self._open_inference.infer(request.scope["path"], request)
 
     async def _is_alive(self, request: Request) -> Response:
         return Response(200, encode({"status": "alive"}))
@@ -153,7 +176,7 @@ def _page(content_type: bytes, body: bytes) -> Handler:
     return show
 
 
-def _refusal(refusal: RequestRefused) -> Response:
+def _refusal(refusal: RequestRefused, path: str) -> Response:
     headers = []
     if refusal.status in (429, 503):
         headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
@@ -161,6 +184,8 @@ def _refusal(refusal: RequestRefused) -> Response:
         headers.append((b"www-authenticate", b"Bearer"))
     if refusal.status in (408, 413):  # the rest of the body is not read: the connection cannot be used again
         headers.append((b"connection", b"close"))
+    if path.startswith("/v2"):  # the protocol says how an error looks
+        return Response(refusal.status, encode({"error": str(refusal)}), headers=headers)
     return _error(refusal.status, str(refusal), headers)
 
 

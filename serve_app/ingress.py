@@ -64,7 +64,7 @@ class Ingress:
     ) -> None:
         self._policy = policy
         self._key = key
-        self._reader = AskReader(decision_ids)
+        self.reader = AskReader(decision_ids)
         self._variants = variants
         self._log = log
         self._recall = recall
@@ -91,11 +91,16 @@ class Ingress:
 
     def ask(self, body: bytes, *, started_s: float, arm: str | None = None) -> Ask | ManyAsk:
         """Return what a body asks for; raises `RequestRefused`."""
-        ask = self._reader.read(body, self.snapshot().champion.policy.spaces, started_s, arm)
-        if ask.mode is not None and ask.mode not in self._request_modes:
-            allowed = ", ".join(self._request_modes) or "none, every request gets its version's own"
-            raise RequestInvalid(f"mode {ask.mode!r} cannot be asked for; serving.request_modes allows {allowed}")
+        ask = self.reader.read(body, self.snapshot().champion.policy.spaces, started_s, arm)
+        if ask.mode is not None:
+            self.check_mode(ask.mode)
         return ask
+
+    def check_mode(self, mode: str) -> None:
+        """Raise `RequestInvalid` for a mode that the loop file does not let requests choose."""
+        if mode not in self._request_modes:
+            allowed = ", ".join(self._request_modes) or "none, every request gets its version's own"
+            raise RequestInvalid(f"mode {mode!r} cannot be asked for; serving.request_modes allows {allowed}")
 
     def snapshot(self) -> Snapshot:
         """Return the plan in force; raises `ServiceUnavailable` while no champion is loaded."""
@@ -172,6 +177,8 @@ class Ingress:
             encoded = self._encode_many(ask, snapshot)
         except RequestRefused as error:
             return Draft(error)
+        if ask.is_all_or_nothing and encoded.refusals:
+            return Draft(_first_of(encoded.refusals))
         told: dict[int, Any] = {row: failure_of(refusal) for row, refusal in encoded.refusals.items()}
         if ask.is_named and not ask.batch_id:  # each of them has a name of its own, and may have been asked for before
             found = {row: self._recall.find(name) for row, name in enumerate(ask.decision_ids) if row not in told}
@@ -180,7 +187,10 @@ class Ingress:
         rows = [encoded.rows[place] for place in keep]
         answers = self._answers_of_many(ask, encoded, keep, rows, snapshot)
         decided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, Answer)}
-        told |= {row: failure_of(answer) for row, answer in zip(rows, answers) if isinstance(answer, RequestRefused)}
+        undecided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, RequestRefused)}
+        if ask.is_all_or_nothing and undecided:
+            return Draft(_first_of(undecided))
+        told |= {row: failure_of(answer) for row, answer in undecided.items()}
         told |= {row: one_of_many(ask, row, answer, encoded.repairs.get(row)) for row, answer in decided.items()}
         result = DecideManyAnswer(self._policy, [told[row] for row in range(len(ask.decision_ids))])
         if not decided:
@@ -290,6 +300,14 @@ def _let_go(drafts: list[Draft], delivers: list[Deliver]) -> None:
             deliver(draft.result)
         except Exception:
             logger.exception("event=answer_not_delivered")
+
+
+def _first_of(refusals: dict[int, Any]) -> RequestRefused:
+    """Return what is wrong with the first of many that cannot be decided, with its place."""
+    row = min(refusals)
+    error = refusals[row]
+    where = f"observation {row} of the request: {error}"
+    return RequestInvalid(where, error.status) if isinstance(error, RequestInvalid) else type(error)(where)
 
 
 def _unless_all_none(values: list[Any]) -> list[Any] | None:

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from importlib.metadata import version
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from serve_app.feedback import FeedbackIntake
 from serve_app.http_api import HttpApi
 from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey
+from serve_app.open_inference import OpenInference
 from serve_app.recall import Recall
 from serve_app.static_files import read_static_files
 from serve_app.status import StatusView
@@ -61,6 +63,9 @@ class PolicyReplica:
             key=key,
             counters=self._counters,
             files=read_static_files(),
+            open_inference=OpenInference(
+                policy, self._ingress, version=version("trimtab"), max_body_bytes=settings.max_body_bytes
+            ),
             own_endpoint=lambda: self._endpoint,
             start=self._start,
             stop=self._stop,

@@ -1,0 +1,281 @@
+"""The Open Inference Protocol with its own real client, tritonclient, against a replica's own port."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+
+from policies.golden import Golden
+from policies.network import Architecture, tensor_shapes
+from policies.observations import Box, Categories, Group
+from policies.policy import Policy
+from policies.records import Decision, LogTail
+from policies.registry import Registry
+from policies.spaces import Choices, Spaces
+from policies.storage import Storage, open_storage
+from serve_app.config import ServingConfig
+from serve_app.replica import PolicyReplica
+from tests.serving_helpers import NAME, golden_of, publish, random_policy, read_new, release
+
+
+@contextmanager
+def served(storage: Storage, **config: Any) -> Iterator[tuple[triton.InferenceServerClient, dict[str, str], str]]:
+    """Serve a replica's own port from a thread, and yield a client, the headers with the key, and the address."""
+    loop = asyncio.new_event_loop()
+    replica = PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        port = asyncio.run_coroutine_threadsafe(replica._direct.start("127.0.0.1"), loop).result(10)
+        client = triton.InferenceServerClient(f"127.0.0.1:{port}", connection_timeout=10, network_timeout=10)
+        yield client, {"Authorization": f"Bearer {storage.api_key_file.read_text()}"}, f"http://127.0.0.1:{port}"
+        client.close()
+    finally:
+        asyncio.run_coroutine_threadsafe(replica._stop(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    storage = open_storage(tmp_path / "storage")
+    publish(storage, random_policy(1))
+    return storage
+
+
+def logged(storage: Storage) -> list[Decision]:
+    return read_new(LogTail(storage.decisions(NAME), Decision))
+
+
+def observation_input(obs: np.ndarray, *, binary: bool = True) -> triton.InferInput:
+    tensor = triton.InferInput("observation", list(obs.shape), "FP32")
+    tensor.set_data_from_numpy(obs.astype(np.float32), binary_data=binary)
+    return tensor
+
+
+def observations(num: int) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(num, 4)).astype(np.float32)
+
+
+def test_health_needs_no_key_and_metadata_does(storage: Storage) -> None:
+    with served(storage) as (client, headers, _):
+        assert client.is_server_live() and client.is_server_ready()
+        assert client.get_server_metadata(headers=headers)["extensions"] == ["binary_tensor_data"]
+        assert client.is_model_ready(NAME, headers=headers) and client.is_model_ready(NAME, "1", headers=headers)
+        metadata = client.get_model_metadata(NAME, headers=headers)
+        assert metadata["versions"] == ["1"]
+        assert metadata["inputs"] == [{"name": "observation", "datatype": "FP32", "shape": [-1, 4]}]
+        assert [output["name"] for output in metadata["outputs"]][:3] == ["action", "propensity", "decision_id"]
+        with pytest.raises(InferenceServerException, match="the API key is missing"):
+            client.get_server_metadata()
+        with pytest.raises(InferenceServerException, match="API key"):
+            client.infer(NAME, [observation_input(observations(1))])
+    assert logged(storage) == []
+
+
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("binary_out", [True, False])
+def test_what_comes_back_is_what_was_logged_and_replays(storage: Storage, binary_in: bool, binary_out: bool) -> None:
+    obs = observations(40)
+    with served(storage) as (client, headers, _):
+        outputs = [triton.InferRequestedOutput(name, binary_data=binary_out) for name in ("action", "propensity", "decision_id")]
+        answer = client.infer(
+            NAME, [observation_input(obs, binary=binary_in)], headers=headers, outputs=outputs, request_id="r-1"
+        )
+        actions, propensities = answer.as_numpy("action"), answer.as_numpy("propensity")
+        ids = [name if isinstance(name, str) else name.decode() for name in answer.as_numpy("decision_id").tolist()]
+        assert answer.get_response()["id"] == "r-1" and answer.get_response()["model_version"] == "1"
+    decisions = logged(storage)
+    assert [d.decision_id for d in decisions] == ids and len(set(ids)) == 40
+    assert [d.action for d in decisions] == actions.tolist() and [d.propensity for d in decisions] == propensities.tolist()
+    policy = Registry(storage.registry(NAME)).bundle(1).policy
+    for row, decision in enumerate(decisions):
+        assert np.array_equal(np.array(decision.observation, np.float32), obs[row])
+        parameters_P = policy.distributions(np.array([decision.observation], np.float32))[0]
+        assert policy.distribution.choose(parameters_P, "sample", decision.seed) == (decision.action, decision.propensity)
+
+
+def test_one_decision_has_its_name_and_propensity_in_the_parameters(storage: Storage) -> None:
+    with served(storage) as (client, headers, _):
+        answer = client.infer(
+            NAME, [observation_input(observations(1))], headers=headers, parameters={"unit_id": "u-7", "deadline_ms": 5000}
+        ).get_response()
+    [decision] = logged(storage)
+    assert answer["parameters"] == {
+        "decision_id": decision.decision_id,
+        "arm": "champion",
+        "propensity": decision.propensity,
+        "fallback": "",
+    }
+    assert decision.unit_id == "u-7"
+
+
+def test_units_and_episodes_are_text_inputs(storage: Storage) -> None:
+    with served(storage) as (client, headers, _):
+        inputs = [observation_input(observations(2))]
+        for name in ("unit_id", "episode_id"):
+            inputs.append(triton.InferInput(name, [2], "BYTES"))
+            inputs[-1].set_data_from_numpy(np.array([f"{name}-a", f"{name}-é"], object))
+        client.infer(NAME, inputs, headers=headers)
+    assert [(d.unit_id, d.episode_id) for d in logged(storage)] == [
+        ("unit_id-a", "episode_id-a"),
+        ("unit_id-é", "episode_id-é"),
+    ]
+
+
+def test_the_same_id_is_the_same_answer_and_another_body_is_refused(storage: Storage) -> None:
+    with served(storage) as (client, headers, _):
+        obs = observations(3)
+        first, again = (client.infer(NAME, [observation_input(obs)], headers=headers, request_id="r") for _ in range(2))
+        assert first.as_numpy("action").tolist() == again.as_numpy("action").tolist()
+        with pytest.raises(InferenceServerException, match="was made before, for another observation"):
+            client.infer(NAME, [observation_input(obs + 1)], headers=headers, request_id="r")
+    assert len(logged(storage)) == 3
+
+
+def test_a_version_on_an_arm_can_be_asked_for_and_others_are_unknown(storage: Storage) -> None:
+    publish(storage, random_policy(2))
+    publish(storage, random_policy(3))
+    release(storage, 2, weights=(0.5, 1.0))
+    with served(storage) as (client, headers, _):
+        assert client.get_model_metadata(NAME, headers=headers)["versions"] == ["1", "2"]
+        for version in ("1", "2"):
+            answer = client.infer(NAME, [observation_input(observations(20))], model_version=version, headers=headers)
+            assert set(answer.as_numpy("version").tolist()) == {int(version)}
+        with pytest.raises(InferenceServerException, match="version '3' of 'demo' is on no arm; versions are 1, 2"):
+            client.infer(NAME, [observation_input(observations(1))], model_version="3", headers=headers)
+        with pytest.raises(InferenceServerException, match="there is no model 'other'"):
+            client.infer("other", [observation_input(observations(1))], headers=headers)
+        assert not client.is_model_ready(NAME, "3", headers=headers)
+    assert {decision.assigned for decision in logged(storage)} == {"request"}
+    assert all(decision.mixture_propensity == decision.propensity for decision in logged(storage))
+
+
+def test_one_bad_observation_refuses_the_request_and_nothing_is_logged(storage: Storage) -> None:
+    obs = observations(5)
+    obs[3, 0] = 100  # CartPole's position ends at 4.8
+    bad_nan = observations(5)
+    bad_nan[2, 1] = np.nan
+    with served(storage) as (client, headers, _):
+        with pytest.raises(InferenceServerException, match=r"observation 3 of the request: observation\[0\] = 100"):
+            client.infer(NAME, [observation_input(obs)], headers=headers)
+        with pytest.raises(InferenceServerException, match="observation 2 of the request"):
+            client.infer(NAME, [observation_input(bad_nan)], headers=headers)
+    assert logged(storage) == []
+
+
+HEADER = b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","parameters":{"binary_data_size":16}}]}'
+MALFORMED: dict[str, tuple[bytes, str | None, str]] = {
+    "a length beyond the body": (HEADER, "9999", "inference-header-content-length is b'9999'"),
+    "a negative length": (HEADER, "-1", "inference-header-content-length is b'-1'"),
+    "fewer bytes than it says": (HEADER + b"12345678", str(len(HEADER)), "8 bytes are left"),
+    "more bytes than it says": (HEADER + b"\0" * 20, str(len(HEADER)), "4 bytes behind the last tensor"),
+    "no JSON": (b"nonsense", None, "not JSON"),
+    "no inputs": (b"{}", None, "missing required field `inputs`"),
+    "no input of that name": (
+        b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}',
+        None,
+        "unknown input 'x'; inputs are observation",
+    ),
+    "no tensor at all": (b'{"inputs":[]}', None, "input 'observation' is missing"),
+    "another shape": (
+        b'{"inputs":[{"name":"observation","shape":[2,2],"datatype":"FP32","data":[1,2,3,4]}]}',
+        None,
+        "has shape [2, 2], expected [2, 4]",
+    ),
+    "a shape that is not its data's": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":[1,2,3]}]}',
+        None,
+        "holds 3 items; expected 4 of FP32",
+    ),
+    "text for numbers": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":[1,2,3,"4"]}]}',
+        None,
+        "holds '4'; expected 4 of FP32",
+    ),
+    "a datatype that is none": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP31","data":[1,2,3,4]}]}',
+        None,
+        "datatype 'FP31'",
+    ),
+    "a shape of millions": (
+        b'{"inputs":[{"name":"observation","shape":[1000000000,1000000000],"datatype":"FP32","data":[1]}]}',
+        None,
+        "holds 1 items; expected 1000000000000000000",
+    ),
+    "nothing to decide": (
+        b'{"inputs":[{"name":"observation","shape":[0,4],"datatype":"FP32","data":[]}]}',
+        None,
+        "the first size is how many, 1 to 4096",
+    ),
+    "an output that is none": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}],"outputs":[{"name":"y"}]}',
+        None,
+        "there is no output 'y'",
+    ),
+    "a mode that nobody allowed": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}],"parameters":{"mode":"greedy"}}',
+        None,
+        "mode 'greedy' cannot be asked for",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_is_no_inference_request_is_refused_in_the_protocols_way(storage: Storage, name: str) -> None:
+    body, header_length, message = MALFORMED[name]
+    with served(storage) as (_, headers, url):
+        extra = {} if header_length is None else {"Inference-Header-Content-Length": header_length}
+        reply = requests.post(f"{url}/v2/models/{NAME}/infer", body, headers={**headers, **extra}, timeout=10)
+    assert 400 <= reply.status_code < 500
+    assert isinstance(reply.json()["error"], str) and message in reply.json()["error"]
+
+
+def test_a_dict_of_parts_is_one_input_per_part_with_a_mask(tmp_path: Path) -> None:
+    position = Box(np.full(2, -5, np.float32), np.full(2, 5, np.float32))
+    spaces = Spaces(
+        Group((Categories((3,), (0,), ()), position), ("gear", "position")), Choices("discrete", (4,), (0,), ()), True
+    )
+    architecture = Architecture((8,))
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.normal(size=shape).astype(np.float32) for n, shape in tensor_shapes(architecture, spaces).items()}
+    tensors |= {"normaliser.mean": np.zeros(5, np.float32), "normaliser.scale": np.ones(5, np.float32)}
+    policy = Policy(spaces, architecture, tensors)
+    obs_ND, mask_NA = rng.normal(size=(32, 5)).astype(np.float32), np.ones((32, 4), bool)
+    storage = open_storage(tmp_path / "storage")
+    publish(storage, policy, golden=Golden(obs_ND, policy.distributions(obs_ND, mask_NA), mask_NA))
+    with served(storage) as (client, headers, _):
+        inputs = client.get_model_metadata(NAME, headers=headers)["inputs"]
+        assert [(i["name"], i["datatype"], i["shape"]) for i in inputs] == [
+            ("gear", "INT64", [-1]),
+            ("position", "FP32", [-1, 2]),
+            ("action_mask", "BOOL", [-1, 4]),
+        ]
+        gear = triton.InferInput("gear", [2], "INT64").set_data_from_numpy(np.array([2, 0]))
+        place = triton.InferInput("position", [2, 2], "FP32").set_data_from_numpy(np.array([[1, 2], [3, 4]], np.float32))
+        mask = triton.InferInput("action_mask", [2, 4], "BOOL").set_data_from_numpy(np.array([[0, 0, 1, 0], [1, 0, 0, 0]], bool))
+        answer = client.infer(NAME, [gear, place, mask], headers=headers)
+        assert answer.as_numpy("action").tolist() == [2, 0], "the mask leaves one choice each"
+    first, second = logged(storage)
+    assert first.observation == {"gear": 2, "position": [1.0, 2.0]} and second.observation["gear"] == 0
+    assert first.action_mask == [False, False, True, False]
+
+
+def test_the_golden_distribution_comes_back_through_the_protocol(storage: Storage) -> None:
+    """What training had is what answers here: the share of 4,000 draws lies within four standard deviations of it."""
+    golden = golden_of(random_policy(1))
+    obs = np.repeat(golden.observations_ND[:1], 4000, axis=0)
+    with served(storage) as (client, headers, _):
+        actions = client.infer(NAME, [observation_input(obs)], headers=headers).as_numpy("action")
+    p = float(golden.distributions_NP[0, 1])
+    assert abs(actions.mean() - p) < 4 * np.sqrt(p * (1 - p) / 4000)
+    assert abs(actions.mean() - (1 - p)) > 4 * np.sqrt(p * (1 - p) / 4000), "the other way round would have been seen"
