@@ -1,0 +1,105 @@
+"""Where a decision is in the logs of all replicas: found while they write, not found when it is not there, in bounded memory."""
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from serve_app import recall as recall_module
+from serve_app.decision_log import SegmentWriter
+from serve_app.recall import Recall
+from tests.simulators import make_decision
+
+
+def line(name: str) -> bytes:
+    return msgspec.json.encode(make_decision(name)) + b"\n"
+
+
+def names(recall: Recall, name: str) -> list[str]:
+    return [decision.decision_id for decision in recall.find(name)]
+
+
+@pytest.fixture(autouse=True)
+def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall_module, "LOOK_INTERVAL_S", 0.0)
+
+
+def test_what_another_replica_appends_is_found_once_it_is_whole(tmp_path: Path) -> None:
+    recall, other = Recall(tmp_path, "me"), SegmentWriter(tmp_path, "decisions", "other")
+    recall.catch_up()
+    assert names(recall, "a") == []
+    other.append(line("a") + line("b"))
+    recall.catch_up()
+    assert names(recall, "a") == ["a"] and names(recall, "b") == ["b"] and names(recall, "c") == []
+    [path] = tmp_path.glob("*.jsonl")
+    whole = line("c")
+    with open(path, "ab") as file:
+        file.write(whole[:40])
+    recall.catch_up()
+    assert names(recall, "c") == []
+    with open(path, "ab") as file:
+        file.write(whole[40:])
+    recall.catch_up()
+    assert names(recall, "c") == ["c"]
+
+
+def test_our_own_are_found_where_we_wrote_them(tmp_path: Path) -> None:
+    recall, log = Recall(tmp_path, "me"), SegmentWriter(tmp_path, "decisions", "me", segment_bytes=2000)
+    for number in range(20):  # through several segments
+        recall.remember([f"d{number}"], *log.append(line(f"d{number}")))
+    assert len(list(tmp_path.glob("*.jsonl"))) > 2
+    assert [names(recall, f"d{number}") for number in range(20)] == [[f"d{number}"] for number in range(20)]
+
+
+def test_new_segments_and_those_of_replicas_that_ended_are_read(tmp_path: Path) -> None:
+    ended = SegmentWriter(tmp_path, "decisions", "ended")
+    ended.append(line("old"))
+    ended.close()
+    recall = Recall(tmp_path, "me")
+    recall.catch_up()
+    assert names(recall, "old") == ["old"]
+    SegmentWriter(tmp_path, "decisions", "later").append(line("new"))
+    recall.catch_up()
+    assert names(recall, "new") == ["new"]
+
+
+def test_segments_that_nobody_wrote_to_for_long_are_left_alone(tmp_path: Path) -> None:
+    SegmentWriter(tmp_path, "decisions", "ended").append(line("old"))
+    [path] = tmp_path.glob("*.jsonl")
+    os.utime(path, (1.0, 1.0))
+    recall = Recall(tmp_path, "me")
+    recall.catch_up()
+    assert names(recall, "old") == []
+
+
+def test_only_the_end_of_a_large_segment_is_read_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SegmentWriter(tmp_path, "decisions", "other")
+    other.append(b"".join(line(f"d{number:03d}") for number in range(200)))
+    monkeypatch.setattr(recall_module, "FIRST_LOOK_BYTES", 10 * len(line("d000")) + 7)
+    recall = Recall(tmp_path, "me")
+    recall.catch_up()
+    assert names(recall, "d000") == [] and [names(recall, f"d{n}") for n in range(190, 200)] == [
+        [f"d{n}"] for n in range(190, 200)
+    ]
+
+
+def test_memory_is_bounded_and_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall_module, "MAX_REMEMBERED", 10)
+    recall, log = Recall(tmp_path, "me"), SegmentWriter(tmp_path, "decisions", "me")
+    for number in range(100):
+        recall.remember([f"d{number}"], *log.append(line(f"d{number}")))
+        assert len(recall._newer) + len(recall._older) <= 21
+    assert names(recall, "d99") == ["d99"] and names(recall, "d89") == ["d89"] and names(recall, "d5") == []
+
+
+def test_a_segment_that_is_gone_is_no_error(tmp_path: Path) -> None:
+    """It was sealed: what is older than that nobody asks for again."""
+    recall, other = Recall(tmp_path, "me"), SegmentWriter(tmp_path, "decisions", "other")
+    other.append(line("a"))
+    recall.catch_up()
+    [path] = tmp_path.glob("*.jsonl")
+    path.unlink()
+    recall.catch_up()
+    assert names(recall, "a") == []
+    assert len(recall._others) == 0, "its descriptor is closed"
