@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import unquote
 
 from policies.errors import RequestInvalid, RequestRefused
 from serve_app.asgi import ClientGone, Receive, Request, Response, Scope, Send
@@ -10,6 +11,7 @@ from serve_app.feedback import FeedbackIntake
 from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey
 from serve_app.open_inference import OpenInference
+from serve_app.overrides import OverrideIntake
 from serve_app.status import StatusView
 from serve_app.telemetry import Counters
 from serve_app.variants import VariantStore
@@ -17,6 +19,7 @@ from serve_app.wire import encode
 
 RETRY_AFTER_S = 1
 MODELS = "/v2/models/"
+DECISIONS, OVERRIDE = "/v1/decisions/", "/override"
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class HttpApi:
         counters: Counters,
         files: dict[str, tuple[bytes, bytes]],
         open_inference: OpenInference,
+        overrides: OverrideIntake,
         own_endpoint: Callable[[], str | None],
         start: Callable[[], Awaitable[None]],
         stop: Callable[[], Awaitable[None]],
@@ -69,6 +73,7 @@ class HttpApi:
         if "index.html" in files:
             pages["/dashboard"] = pages["/dashboard/"] = _page(*files["index.html"])
         self._open_inference = open_inference
+        self._overrides = overrides
         self._routes |= {path: ("GET", page) for path, page in pages.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,6 +110,8 @@ class HttpApi:
     def _route(self, path: str, method: str) -> Handler:
         if path.startswith(MODELS):
             return self._infer if method == "POST" else self._describe_model
+        if path.startswith(DECISIONS) and path.endswith(OVERRIDE):
+            return self._override if method == "POST" else _wrong_method(path, "POST")
         if path not in self._routes:
             raise RequestInvalid(
                 f"there is no {path}; see /v1/decide, /v1/feedback, /v1/status, /v1/endpoints, /v2, /dashboard", 404
@@ -117,6 +124,11 @@ class HttpApi:
 
     async def _accept_feedback(self, request: Request) -> Response:
         return Response(200, await self._feedback.accept(request))
+
+    async def _override(self, request: Request) -> Response:
+        self._key.check(request.header(b"authorization"))
+        decision_id = unquote(request.scope["path"].removeprefix(DECISIONS).removesuffix(OVERRIDE))
+        return Response(200, await self._overrides.accept(decision_id, request, key_name="owner"))
 
     async def _show_status(self, request: Request) -> Response:
         self._key.check(request.header(b"authorization"))

@@ -30,6 +30,7 @@ from serve_app.features import encode as encode_features
 from serve_app.keys import ApiKey
 from serve_app.recall import Recall
 from serve_app.repair import Repair
+from serve_app.shadowing import Shadowing
 from serve_app.variants import Snapshot, VariantStore
 from serve_app.wire import DecideManyAnswer, encode
 
@@ -59,6 +60,7 @@ class Ingress:
         variants: VariantStore,
         log: SegmentWriter,
         recall: Recall,
+        shadowing: Shadowing,
         config: ServingConfig,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -68,11 +70,13 @@ class Ingress:
         self._variants = variants
         self._log = log
         self._recall = recall
+        self._shadowing = shadowing
         self.decider = Decider(config, now_s=time.perf_counter)
         self._repair = Repair(config.fallback.repair, config.fallback.fill) if config.fallback.repair else None
         self._request_modes = config.request_modes
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
+        self._shown: list[Rows] = []  # what shadows are asked about when this batch's answers have left
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
             self._answer_batch, max_batch_size=config.max_batch_size, max_queue=config.max_queue
         )
@@ -115,6 +119,7 @@ class Ingress:
         The snapshot is read once: a new plan comes into force between batches, never within one.
         """
         snapshot, now_s = self.snapshot(), time.perf_counter()
+        self._shown = []
         drafts: dict[int, Draft] = {}
         if any([ask.is_named for ask in asks]):
             asks, delivers = self._postpone_repeated(asks, delivers)
@@ -134,8 +139,11 @@ class Ingress:
         try:
             self._write_down(ordered)
         except ServiceUnavailable as error:
+            self._shown = []
             ordered = [Draft(error) if draft.line else draft for draft in ordered]
         _let_go(ordered, delivers)
+        for rows in self._shown:
+            self._shadowing.offer(snapshot.shadows, rows.decision_ids, rows.obs_BD, rows.mask_BA)
 
     def _decide_singles(self, asks: list[Ask], snapshot: Snapshot) -> list[Draft]:
         """Return a draft for each of the requests for one decision, which are decided together."""
@@ -157,7 +165,7 @@ class Ingress:
             _unless_all_none([ask.arm for ask in decided]),
             any([ask.explain for ask in decided]),
         )
-        answers = self.decider.decide(rows, snapshot) if decided else []
+        answers = self._decide(rows, snapshot) if decided else []
         at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter())
         for place, (row, answer) in enumerate(zip(encoded.rows, answers)):
             ask = asks[row]
@@ -213,7 +221,7 @@ class Ingress:
             return []
         is_all = len(rows) == len(ask.decision_ids)
         units = ask.unit_list()
-        return self.decider.decide(
+        return self._decide(
             Rows(
                 ask.decision_ids if is_all else [ask.decision_ids[row] for row in rows],
                 units if is_all else [units[row] for row in rows],
@@ -239,6 +247,11 @@ class Ingress:
             if name:
                 seen.add(name)
         return [asks[index] for index in first], [delivers[index] for index in first]
+
+    def _decide(self, rows: Rows, snapshot: Snapshot) -> list[Answer | ServiceUnavailable]:
+        if snapshot.shadows:
+            self._shown.append(rows)
+        return self.decider.decide(rows, snapshot)
 
     def _from_the_log(self, asks: list[Ask | ManyAsk], snapshot: Snapshot) -> dict[int, Draft]:
         """Return what was decided for requests that came before: the same id is the same decision, whatever the plan is now."""

@@ -21,7 +21,9 @@ from serve_app.http_api import HttpApi
 from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey
 from serve_app.open_inference import OpenInference
+from serve_app.overrides import OverrideIntake
 from serve_app.recall import Recall
+from serve_app.shadowing import Shadowing
 from serve_app.static_files import read_static_files
 from serve_app.status import StatusView
 from serve_app.telemetry import Counters, MonitorLink, report_for_ever
@@ -39,11 +41,13 @@ class PolicyReplica:
         key, decision_ids = ApiKey.of(storage), DecisionIds.of(storage)
         self._decisions = SegmentWriter(storage.decisions(policy), "decisions", self.name)
         self._feedback = SegmentWriter(storage.feedback(policy), "feedback", self.name)
+        self._overrides = SegmentWriter(storage.overrides(policy), "overrides", self.name)
+        self._shadows = SegmentWriter(storage.shadows(policy), "shadows", self.name)
+        self._shadowing = Shadowing(self._shadows, wall_clock=time.time)
         self._recall = Recall(storage.decisions(policy), self.name)
         self._counters = Counters()
         trust = TrustStore(storage.trust) if settings.require_signature else None
         self._variants = VariantStore(Registry(storage.registry(policy), trust=trust))
-        self._variants.refresh(now=time.monotonic())
         self._monitor = MonitorLink(policy)
         self._background: list[asyncio.Task[None]] = []
         self._ingress = Ingress(
@@ -53,8 +57,11 @@ class PolicyReplica:
             variants=self._variants,
             log=self._decisions,
             recall=self._recall,
+            shadowing=self._shadowing,
             config=settings,
         )
+        self._variants.check = self._ingress.decider.ladder.check
+        self._variants.refresh(now=time.monotonic())
         self.api = HttpApi(
             ingress=self._ingress,
             feedback=FeedbackIntake(key=key, decision_ids=decision_ids, log=self._feedback, config=settings),
@@ -63,6 +70,7 @@ class PolicyReplica:
             key=key,
             counters=self._counters,
             files=read_static_files(),
+            overrides=OverrideIntake(decision_ids=decision_ids, log=self._overrides, max_body_bytes=settings.max_body_bytes),
             open_inference=OpenInference(
                 policy, self._ingress, version=version("trimtab"), max_body_bytes=settings.max_body_bytes
             ),
@@ -122,3 +130,5 @@ class PolicyReplica:
         self._recall.close()
         self._decisions.close()
         self._feedback.close()
+        self._overrides.close()
+        self._shadows.close()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -62,6 +63,9 @@ class VariantStore:
     """
 
     registry: Registry
+    check: Callable[[Variant], None] = lambda variant: (
+        None
+    )  # raises a `TrimtabError` for a version that this replica cannot serve
     snapshot: Snapshot | None = None
     registry_error: str | None = None
     _loaded: dict[int, Variant] = field(default_factory=dict)
@@ -125,12 +129,14 @@ class VariantStore:
         try:
             bundle = self.registry.bundle(version)  # verifies every byte and runs the golden vectors, which also warms it up
             self._require_same_spaces(version, bundle.policy.spaces)
+            variant = Variant(version, bundle.digest, bundle.policy, bundle.manifest["serving_mode"])
+            self.check(variant)
         except (TrimtabError, OSError) as error:
             delay_s = min(2 * failure.delay_s, LAST_RETRY_S) if failure else FIRST_RETRY_S
             self._failures[version] = _Failure(f"{type(error).__name__}: {error}", delay_s, now + delay_s)
             logger.error("event=version_not_loaded version=%d retry_in_s=%g error=%r", version, delay_s, str(error))
             return
-        self._loaded[version] = Variant(version, bundle.digest, bundle.policy, bundle.manifest["serving_mode"])
+        self._loaded[version] = variant
         self._failures.pop(version, None)
 
     def _require_same_spaces(self, version: int, spaces: Spaces) -> None:

@@ -93,6 +93,13 @@ class FeedbackRequest(msgspec.Struct, forbid_unknown_fields=True):
     final: bool = False
 
 
+class OverrideRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /v1/decisions/<id>/override: what was done instead, any JSON value, and why."""
+
+    action: Any
+    reason: Name
+
+
 Body = TypeVar("Body")
 
 
@@ -123,4 +130,5 @@ feedback_decoder = BodyDecoder(
     '{"decision_id": text, "reward": number, "final"?: true or false} and no other key, '
     f"or a list of 1 to {MAX_FEEDBACKS} of them",
 )
+override_decoder = BodyDecoder(OverrideRequest, '{"action": what was done instead, "reason": text} and no other key')
 encode = msgspec.json.Encoder().encode

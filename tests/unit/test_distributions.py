@@ -324,3 +324,36 @@ def test_the_largest_number_as_a_bound_means_no_bound(dtype: type) -> None:
 def test_action_spaces_that_no_policy_has_are_refused(space: gymnasium.Space) -> None:
     with pytest.raises(SpaceUnsupported, match="action space"):
         Spaces.from_gymnasium(OBSERVATION, space)
+
+
+@pytest.mark.parametrize("mode", ["sample", "greedy"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_many_rows_at_once_are_bit_for_bit_what_each_is_alone(name: str, mode: str) -> None:
+    action, rng = choices_of(name), np.random.default_rng(5)
+    distribution = Categorical(action)
+    parameters_BP = distribution.parameters(3 * rng.standard_normal((300, sum(action.nvec))).astype(np.float32), None)
+    seeds = [seed_of(f"d{row}") for row in range(300)]
+    actions, propensities = distribution.choose_many(parameters_BP, mode, seeds)
+    assert list(zip(actions, propensities)) == [distribution.choose(p, mode, s) for p, s in zip(parameters_BP, seeds)]
+    expected = [distribution.propensity(a, p, mode) for a, p in zip(actions, parameters_BP)]
+    assert distribution.propensity_many(actions, parameters_BP, mode) == expected == propensities
+
+
+def test_the_last_draws_before_one_fall_on_the_last_choice_that_exists() -> None:
+    """The cumulative sum can end below 1, and choices behind its end may be masked."""
+    distribution = Categorical(choices_of("discrete"))
+    rows = np.array([[0.5, 0.4999999999999999, 0.0], [0.1, 0.2, 0.7]])
+    last = (1 << 53) - 1
+    assert distribution.choose_many(rows, "sample", [last, last])[0] == [6, 7]
+    assert [distribution.choose(row, "sample", last)[0] for row in rows] == [6, 7]
+
+
+@pytest.mark.parametrize("mode", ["sample", "greedy"])
+def test_many_real_actions_at_once_are_what_each_is_alone(mode: str) -> None:
+    numbers = Numbers(np.array([-1, -2], np.float32), np.array([1, 2], np.float32))
+    distribution, rng = Normal(numbers, Gaussian(squash="tanh")), np.random.default_rng(5)
+    parameters_BP = distribution.parameters(rng.standard_normal((20, 4)).astype(np.float32), None)
+    seeds = [seed_of(f"d{row}") for row in range(20)]
+    actions, propensities = distribution.choose_many(parameters_BP, mode, seeds)
+    assert list(zip(actions, propensities)) == [distribution.choose(p, mode, s) for p, s in zip(parameters_BP, seeds)]
+    assert distribution.propensity_many(actions, parameters_BP, mode) == propensities
