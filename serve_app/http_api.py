@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from importlib.metadata import version
 from typing import Any
 from urllib.parse import unquote
 
@@ -11,6 +12,7 @@ from serve_app.feedback import FeedbackIntake
 from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey
 from serve_app.open_inference import OpenInference
+from serve_app.openapi import openapi_document
 from serve_app.overrides import OverrideIntake
 from serve_app.status import StatusView
 from serve_app.telemetry import Counters
@@ -18,6 +20,7 @@ from serve_app.variants import VariantStore
 from serve_app.wire import encode
 
 RETRY_AFTER_S = 1
+PAGES = {"/dashboard": "index.html", "/dashboard/": "index.html", "/docs": "docs.html"}
 MODELS = "/v2/models/"
 DECISIONS, OVERRIDE = "/v1/decisions/", "/override"
 
@@ -35,6 +38,7 @@ class HttpApi:
 
     def __init__(
         self,
+        policy: str,
         *,
         ingress: Ingress,
         feedback: FeedbackIntake,
@@ -49,6 +53,7 @@ class HttpApi:
         start: Callable[[], Awaitable[None]],
         stop: Callable[[], Awaitable[None]],
     ) -> None:
+        self._policy = policy
         self._ingress = ingress
         self._feedback = feedback
         self._status = status
@@ -65,13 +70,15 @@ class HttpApi:
             "/v1/endpoints": ("GET", self._show_endpoints),
             "/healthz": ("GET", self._is_alive),
             "/readyz": ("GET", self._is_ready),
+            "/openapi.json": ("GET", self._describe_api),
             "/v2": ("GET", self._describe_server),
             "/v2/health/live": ("GET", self._is_alive),
             "/v2/health/ready": ("GET", self._is_ready),
         }
         pages = {f"/dashboard/{name}": _page(*content) for name, content in files.items()}
-        if "index.html" in files:
-            pages["/dashboard"] = pages["/dashboard/"] = _page(*files["index.html"])
+        for path, name in PAGES.items():
+            if name in files:
+                pages[path] = _page(*files[name])
         self._open_inference = open_inference
         self._overrides = overrides
         self._routes |= {path: ("GET", page) for path, page in pages.items()}
@@ -113,9 +120,7 @@ class HttpApi:
         if path.startswith(DECISIONS) and path.endswith(OVERRIDE):
             return self._override if method == "POST" else _wrong_method(path, "POST")
         if path not in self._routes:
-            raise RequestInvalid(
-                f"there is no {path}; see /v1/decide, /v1/feedback, /v1/status, /v1/endpoints, /v2, /dashboard", 404
-            )
+            raise RequestInvalid(f"there is no {path}; /docs lists what there is", 404)
         allowed, handler = self._routes[path]
         return handler if method == allowed else _wrong_method(path, allowed)
 
@@ -140,6 +145,12 @@ class HttpApi:
         replicas = (await self._status.read()).get("replicas", [])
         urls = [self._own_endpoint(), *(replica.get("endpoint") for replica in replicas)]
         return Response(200, encode({"endpoints": list(dict.fromkeys(url for url in urls if url))}))
+
+    async def _describe_api(self, request: Request) -> Response:
+        self._key.check(request.header(b"authorization"))
+        snapshot = self._variants.snapshot
+        spaces = snapshot.champion.policy.spaces if snapshot is not None else None
+        return Response(200, encode(openapi_document(self._policy, spaces, version=version("trimtab"))))
 
     async def _describe_server(self, request: Request) -> Response:
         self._key.check(request.header(b"authorization"))

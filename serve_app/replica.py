@@ -63,6 +63,7 @@ class PolicyReplica:
         self._variants.check = self._ingress.decider.ladder.check
         self._variants.refresh(now=time.monotonic())
         self.api = HttpApi(
+            policy,
             ingress=self._ingress,
             feedback=FeedbackIntake(key=key, decision_ids=decision_ids, log=self._feedback, config=settings),
             status=StatusView(policy, self._variants, self._monitor.status),

@@ -79,10 +79,10 @@ class Failure(msgspec.Struct):
 
 
 class DecideManyAnswer(msgspec.Struct):
-    """Answer of POST /v1/decide with `observations`, in their order."""
+    """Answer of POST /v1/decide with `observations`: for each a `DecideAnswer`, or a `DecideFailure` in its place."""
 
     policy: str
-    decisions: list[DecideAnswer | DecideFailure]
+    decisions: list[Any]
 
 
 class FeedbackRequest(msgspec.Struct, forbid_unknown_fields=True):

@@ -1,11 +1,8 @@
 """The Open Inference Protocol with its own real client, tritonclient, against a replica's own port."""
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,28 +18,8 @@ from policies.records import Decision, LogTail
 from policies.registry import Registry
 from policies.spaces import Choices, Spaces
 from policies.storage import Storage, open_storage
-from serve_app.config import ServingConfig
-from serve_app.replica import PolicyReplica
+from tests.served_replica import served
 from tests.serving_helpers import NAME, golden_of, publish, random_policy, read_new, release
-
-
-@contextmanager
-def served(storage: Storage, **config: Any) -> Iterator[tuple[triton.InferenceServerClient, dict[str, str], str]]:
-    """Serve a replica's own port from a thread, and yield a client, the headers with the key, and the address."""
-    loop = asyncio.new_event_loop()
-    replica = PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        port = asyncio.run_coroutine_threadsafe(replica._direct.start("127.0.0.1"), loop).result(10)
-        client = triton.InferenceServerClient(f"127.0.0.1:{port}", connection_timeout=10, network_timeout=10)
-        yield client, {"Authorization": f"Bearer {storage.api_key_file.read_text()}"}, f"http://127.0.0.1:{port}"
-        client.close()
-    finally:
-        asyncio.run_coroutine_threadsafe(replica._stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
 
 
 @pytest.fixture
@@ -50,6 +27,15 @@ def storage(tmp_path: Path) -> Storage:
     storage = open_storage(tmp_path / "storage")
     publish(storage, random_policy(1))
     return storage
+
+
+@contextmanager
+def client_of(storage: Storage) -> Iterator[tuple[triton.InferenceServerClient, dict[str, str], str]]:
+    """Yield Triton's client of a replica, the headers with its key, and its address."""
+    with served(storage) as (_, url):
+        client = triton.InferenceServerClient(url.removeprefix("http://"), connection_timeout=10, network_timeout=10)
+        yield client, {"Authorization": f"Bearer {storage.api_key_file.read_text()}"}, url
+        client.close()
 
 
 def logged(storage: Storage) -> list[Decision]:
@@ -67,7 +53,7 @@ def observations(num: int) -> np.ndarray:
 
 
 def test_health_needs_no_key_and_metadata_does(storage: Storage) -> None:
-    with served(storage) as (client, headers, _):
+    with client_of(storage) as (client, headers, _):
         assert client.is_server_live() and client.is_server_ready()
         assert client.get_server_metadata(headers=headers)["extensions"] == ["binary_tensor_data"]
         assert client.is_model_ready(NAME, headers=headers) and client.is_model_ready(NAME, "1", headers=headers)
@@ -86,7 +72,7 @@ def test_health_needs_no_key_and_metadata_does(storage: Storage) -> None:
 @pytest.mark.parametrize("binary_out", [True, False])
 def test_what_comes_back_is_what_was_logged_and_replays(storage: Storage, binary_in: bool, binary_out: bool) -> None:
     obs = observations(40)
-    with served(storage) as (client, headers, _):
+    with client_of(storage) as (client, headers, _):
         outputs = [triton.InferRequestedOutput(name, binary_data=binary_out) for name in ("action", "propensity", "decision_id")]
         answer = client.infer(
             NAME, [observation_input(obs, binary=binary_in)], headers=headers, outputs=outputs, request_id="r-1"
@@ -105,7 +91,7 @@ def test_what_comes_back_is_what_was_logged_and_replays(storage: Storage, binary
 
 
 def test_one_decision_has_its_name_and_propensity_in_the_parameters(storage: Storage) -> None:
-    with served(storage) as (client, headers, _):
+    with client_of(storage) as (client, headers, _):
         answer = client.infer(
             NAME, [observation_input(observations(1))], headers=headers, parameters={"unit_id": "u-7", "deadline_ms": 5000}
         ).get_response()
@@ -120,7 +106,7 @@ def test_one_decision_has_its_name_and_propensity_in_the_parameters(storage: Sto
 
 
 def test_units_and_episodes_are_text_inputs(storage: Storage) -> None:
-    with served(storage) as (client, headers, _):
+    with client_of(storage) as (client, headers, _):
         inputs = [observation_input(observations(2))]
         for name in ("unit_id", "episode_id"):
             inputs.append(triton.InferInput(name, [2], "BYTES"))
@@ -133,7 +119,7 @@ def test_units_and_episodes_are_text_inputs(storage: Storage) -> None:
 
 
 def test_the_same_id_is_the_same_answer_and_another_body_is_refused(storage: Storage) -> None:
-    with served(storage) as (client, headers, _):
+    with client_of(storage) as (client, headers, _):
         obs = observations(3)
         first, again = (client.infer(NAME, [observation_input(obs)], headers=headers, request_id="r") for _ in range(2))
         assert first.as_numpy("action").tolist() == again.as_numpy("action").tolist()
@@ -146,7 +132,7 @@ def test_a_version_on_an_arm_can_be_asked_for_and_others_are_unknown(storage: St
     publish(storage, random_policy(2))
     publish(storage, random_policy(3))
     release(storage, 2, weights=(0.5, 1.0))
-    with served(storage) as (client, headers, _):
+    with client_of(storage) as (client, headers, _):
         assert client.get_model_metadata(NAME, headers=headers)["versions"] == ["1", "2"]
         for version in ("1", "2"):
             answer = client.infer(NAME, [observation_input(observations(20))], model_version=version, headers=headers)
@@ -165,7 +151,7 @@ def test_one_bad_observation_refuses_the_request_and_nothing_is_logged(storage: 
     obs[3, 0] = 100  # CartPole's position ends at 4.8
     bad_nan = observations(5)
     bad_nan[2, 1] = np.nan
-    with served(storage) as (client, headers, _):
+    with client_of(storage) as (client, headers, _):
         with pytest.raises(InferenceServerException, match=r"observation 3 of the request: observation\[0\] = 100"):
             client.infer(NAME, [observation_input(obs)], headers=headers)
         with pytest.raises(InferenceServerException, match="observation 2 of the request"):
@@ -233,7 +219,7 @@ MALFORMED: dict[str, tuple[bytes, str | None, str]] = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_what_is_no_inference_request_is_refused_in_the_protocols_way(storage: Storage, name: str) -> None:
     body, header_length, message = MALFORMED[name]
-    with served(storage) as (_, headers, url):
+    with client_of(storage) as (_, headers, url):
         extra = {} if header_length is None else {"Inference-Header-Content-Length": header_length}
         reply = requests.post(f"{url}/v2/models/{NAME}/infer", body, headers={**headers, **extra}, timeout=10)
     assert 400 <= reply.status_code < 500
@@ -253,7 +239,7 @@ def test_a_dict_of_parts_is_one_input_per_part_with_a_mask(tmp_path: Path) -> No
     obs_ND, mask_NA = rng.normal(size=(32, 5)).astype(np.float32), np.ones((32, 4), bool)
     storage = open_storage(tmp_path / "storage")
     publish(storage, policy, golden=Golden(obs_ND, policy.distributions(obs_ND, mask_NA), mask_NA))
-    with served(storage) as (client, headers, _):
+    with client_of(storage) as (client, headers, _):
         inputs = client.get_model_metadata(NAME, headers=headers)["inputs"]
         assert [(i["name"], i["datatype"], i["shape"]) for i in inputs] == [
             ("gear", "INT64", [-1]),
@@ -274,7 +260,7 @@ def test_the_golden_distribution_comes_back_through_the_protocol(storage: Storag
     """What training had is what answers here: the share of 4,000 draws lies within four standard deviations of it."""
     golden = golden_of(random_policy(1))
     obs = np.repeat(golden.observations_ND[:1], 4000, axis=0)
-    with served(storage) as (client, headers, _):
+    with client_of(storage) as (client, headers, _):
         actions = client.infer(NAME, [observation_input(obs)], headers=headers).as_numpy("action")
     p = float(golden.distributions_NP[0, 1])
     assert abs(actions.mean() - p) < 4 * np.sqrt(p * (1 - p) / 4000)
