@@ -28,9 +28,8 @@ def describe(entry: dict[str, Any]) -> str:
     if kind == "release_change":
         return f"release {entry['release']}: {entry['action']}"
     if kind == "holdout":
-        return (
-            "holdout ended" if entry["weight"] is None else f"version {entry['version']} holds out {entry['weight']:.2%} of units"
-        )
+        what = "ended" if entry["weight"] is None else f"of {100 * entry['weight']:.4g}% of the units"
+        return f"holdout {what}, version {entry['version']}"
     if kind == "shadows":
         versions = ", ".join(map(str, entry["versions"]))
         return f"versions in shadow: {versions}" if versions else "shadows ended"
