@@ -365,6 +365,8 @@ def _planned(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
         plan = with_holdout(plan, state.holdout.version, state.holdout.weight)
     for arm in ("canary", "holdout"):
         plan = without(plan, arm) if arm in state.switched_off else plan
-    answering = {arm.version for arm in plan.arms}  # a shadow that is being released is asked already
-    shadows = () if "shadow" in state.switched_off else tuple(v for v in state.shadows if v not in answering)
+    # Who has an arm is no shadow meanwhile: it is asked already, or somebody switched it off to have it asked no more.
+    busy = {arm.version for arm in plan.arms} | {state.champion}
+    busy |= {release.candidate} if release is not None and release.is_open else set()
+    shadows = () if "shadow" in state.switched_off else tuple(v for v in state.shadows if v not in busy)
     return replace(state, plans=(*state.plans, replace(plan, shadows=shadows)))

@@ -91,6 +91,17 @@ def test_shadows_are_asked_unless_they_answer_already() -> None:
     assert journal.shadow().shadows == ()
 
 
+def test_a_version_that_was_switched_off_is_not_asked_as_a_shadow_either() -> None:
+    journal = Journal(PASS, PASS, PASS)
+    journal.shadow(2, 3)
+    journal.start(2, 0.5)
+    assert journal.switch("canary", enabled=False).shadows == (3,)
+    journal.switch("canary", enabled=True)
+    journal.change("promote")
+    assert journal.switch("champion", enabled=False).shadows == (3,)
+    assert journal.change("rollback").shadows == (2, 3)  # the control: out of the traffic it is a shadow as before
+
+
 def test_a_canary_or_holdout_that_is_switched_off_gives_its_units_to_the_champion_until_it_is_enabled() -> None:
     journal = Journal(PASS, PASS, PASS)
     journal.hold_out(3, 0.2)
