@@ -15,16 +15,18 @@ from typing import Any
 import msgspec
 from ray.actor import ActorHandle
 
+from actors.arms import ShadowTally, arm_version, holdout_status, release_status, shadows_status, switches_status
 from actors.detached import start_detached, start_heartbeat
 from actors.version_traffic import VersionTraffic, series_times
 from policies.confidence import ConfidenceSequence
 from policies.errors import IntegrityError, StorageError
-from policies.joining import Joiner, Outcome
-from policies.records import Decision, Feedback, LogTail
+from policies.joining import Account, Joiner, Outcome, account_of
+from policies.records import Decision, Feedback, LogTail, Override, Shadow
 from policies.registry import Registry, RegistryState, Release
 from policies.release import ArmEvidence, ReleaseConfig, ReleaseEvidence, alpha_per_sequence, judge
 from policies.storage import existing_storage
 from policies.telemetry import ReplicaReport, monitor_name
+from policies.traffic import Arm
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +80,12 @@ class Monitor:
         self._state = RegistryState()
         self._decisions = LogTail(storage.decisions(policy), Decision)
         self._feedback = LogTail(storage.feedback(policy), Feedback)
+        self._overrides = LogTail(storage.overrides(policy), Override)
+        self._shadows = LogTail(storage.shadows(policy), Shadow)
         self._joiner = Joiner(reward_window_s)
-        self._traffic: dict[int, VersionTraffic] = {}
+        self._traffic: dict[tuple[Account, int], VersionTraffic] = {}
+        self._shadow_tallies: dict[int, ShadowTally] = {}
+        self._num_requested = 0  # decisions whose arm the request chose
         self._evidence: dict[tuple[int, int], _ArmEvidence] = {}  # (release, version), of the last release only
         self._replicas: dict[str, tuple[float, ReplicaReport]] = {}  # when it came
         self._responses: dict[tuple[str, float], dict[int, int]] = {}  # of each life of each replica
@@ -104,7 +110,9 @@ class Monitor:
         """
         self._fold_registry()
         self._feedback.look()  # first: then the decision of each noted feedback is noted too
+        self._overrides.look()
         self._decisions.look()
+        yield from self._read_overrides()
         while True:
             if self._decisions.position_s <= self._feedback.position_s:
                 records = self._read(self._decisions)
@@ -123,6 +131,7 @@ class Monitor:
         if self._rebuilt_decisions is None:
             self._rebuilt_decisions = self._num_read
         self._refreshed_at = now
+        yield from self._read_shadows()
 
     def report(self, report: dict[str, Any], now: float) -> None:
         """Take in what a replica says of itself (`ReplicaReport` as builtins). A repeated report changes nothing."""
@@ -162,7 +171,7 @@ class Monitor:
             "champion": state.champion,
             "plan": state.plan.to_json() if state.plan else None,
             "release": self._open_release_status(release, now) if release else None,
-            "releases": [_release_status(closed) for closed in state.releases[-MAX_RELEASES_SHOWN:] if not closed.is_open],
+            "releases": [release_status(closed) for closed in state.releases[-MAX_RELEASES_SHOWN:] if not closed.is_open],
             "versions": [
                 {
                     "version": version.number,
@@ -174,15 +183,20 @@ class Monitor:
                 }
                 for version in state.versions.values()
             ],
-            "arms": [self._arm_status(version, now) for version in self._shown_versions()],
+            "arms": self._arms_status(now),
+            "holdout": holdout_status(state),
+            "shadows": shadows_status(state, self._shadow_tallies),
+            "switched_off": switches_status(state),
+            "requested_decisions": self._num_requested,
             "series": {
                 "time_s": series_times(now),
-                "versions": {str(version): self._traffic_of(version).series(now) for version in self._shown_versions()},
+                "versions": {str(version): self._traffic_of("plan", version).series(now) for version in self._shown_versions()},
             },
             "feedback": {
                 **{name: counts[name] for name in ("joined", "duplicate", "unknown", "late")},
                 "waiting": self._joiner.num_waiting,
             },
+            "overrides": {name: counts[name] for name in ("overridden", "override_late", "override_unknown")},
             "replicas": [
                 {
                     "replica": report.replica,
@@ -224,21 +238,41 @@ class Monitor:
             self.note_error(error)
             return []
 
+    def _read_overrides(self) -> Iterator[None]:
+        """Read all overrides before the decisions they are about: there are few, and so it is the same after a restart."""
+        while self._overrides.position_s < math.inf:
+            for override in self._read(self._overrides):
+                self._joiner.override(override)
+            yield
+
+    def _read_shadows(self) -> Iterator[None]:
+        """Read what the shadows would have done, after all that a release waits for."""
+        self._shadows.look()
+        while self._shadows.position_s < math.inf:
+            for shadow in self._read(self._shadows):
+                self._shadow_tallies.setdefault(shadow.version, ShadowTally()).add(shadow)
+            yield
+
     def _take_decision(self, decision: Decision) -> None:
-        version = decision.version
-        if decision.fallback is not None:
-            if decision.release > len(self._state.releases):
+        account, version = account_of(decision), decision.version
+        if decision.is_stood_in_for:
+            if decision.plan > self._state.num_entries:
                 self._fold_registry()
             version = arm_version(decision, self._state)
         if not self._joiner.decision(decision, version):
             return
-        self._traffic_of(version).decision(decision)
-        evidence = self._evidence_of(decision.release, version)
+        if account == "request":
+            self._num_requested += 1
+            return
+        self._traffic_of(account, version).decision(decision)
+        evidence = self._evidence_of(account, decision.release, version)
         if evidence is not None:
-            evidence.errors.update(1.0 if decision.fallback is not None else 0.0)
+            evidence.errors.update(1.0 if decision.is_stood_in_for else 0.0)
 
     def _take_outcome(self, outcome: Outcome) -> None:
-        traffic = self._traffic_of(outcome.version)
+        if outcome.account == "request":
+            return
+        traffic = self._traffic_of(outcome.account, outcome.version)
         if outcome.is_mixed:
             traffic.num_mixed += 1
             return
@@ -246,18 +280,19 @@ class Monitor:
         value = min(high, max(low, outcome.value))
         self._num_clipped += value != outcome.value
         traffic.outcome(outcome, value)
-        evidence = self._evidence_of(outcome.release, outcome.version)
+        evidence = self._evidence_of(outcome.account, outcome.release, outcome.version)
         if evidence is not None:
             evidence.outcomes.update(value)
 
-    def _traffic_of(self, version: int) -> VersionTraffic:
-        if version not in self._traffic:
-            self._traffic[version] = VersionTraffic(self._outcome_range, self._config.alpha)
-        return self._traffic[version]
+    def _traffic_of(self, account: Account, version: int) -> VersionTraffic:
+        key = account, version
+        if key not in self._traffic:
+            self._traffic[key] = VersionTraffic(self._outcome_range, self._config.alpha)
+        return self._traffic[key]
 
-    def _evidence_of(self, release: int, version: int) -> _ArmEvidence | None:
-        """Return where to collect evidence; None outside of releases and for those that are over."""
-        if release == 0 or release < len(self._state.releases):
+    def _evidence_of(self, account: Account, release: int, version: int) -> _ArmEvidence | None:
+        """Return where to collect evidence; None for the holdout, outside of releases and for those that are over."""
+        if account != "plan" or release == 0 or release < len(self._state.releases):
             return None
         key = (release, version)
         if key not in self._evidence:
@@ -269,16 +304,17 @@ class Monitor:
         return release if release is not None and release.is_open else None
 
     def _release_evidence(self, release: Release) -> ReleaseEvidence:
-        arms = [self._evidence_of(release.number, version) for version in (release.candidate, release.incumbent)]
+        arms = [self._evidence_of("plan", release.number, version) for version in (release.candidate, release.incumbent)]
         candidate, incumbent = (arm.freeze() for arm in arms if arm is not None)
         return ReleaseEvidence(self._outcome_range, candidate, incumbent)
 
     def _open_release_status(self, release: Release, now: float) -> dict[str, Any]:
         evidence = self._release_evidence(release)
         gate_verdict = self._state.versions[release.candidate].gate_verdict
-        decision = judge(release, evidence, gate_verdict=gate_verdict, config=self._config, now=now)
+        off = self._state.switched_off
+        decision = judge(release, evidence, gate_verdict=gate_verdict, config=self._config, now=now, switched_off=off)
         return {
-            **_release_status(release),
+            **release_status(release),
             "verdict": str(decision.verdict),
             "reason": decision.reason,
             "evidence": {key: value for key, value in evidence.to_json().items() if key != "outcome_range"},
@@ -286,49 +322,29 @@ class Monitor:
 
     def _shown_versions(self) -> list[int]:
         """Return the versions of the plan and the newest of those that ever answered: the document stays small for ever."""
-        planned = {arm.version for arm in self._state.plan.arms} if self._state.plan else set()
-        return sorted(planned | set(sorted(self._traffic)[-MAX_VERSIONS_SHOWN:]))
+        planned = {arm.version for arm in self._planned_arms()}
+        answered = [version for account, version in self._traffic if account == "plan"]
+        return sorted(planned | set(sorted(answered)[-MAX_VERSIONS_SHOWN:]))
 
-    def _arm_status(self, version: int, now: float) -> dict[str, Any]:
-        arms = self._state.plan.arms if self._state.plan else ()
-        arm = next((arm for arm in arms if arm.version == version), None)
+    def _planned_arms(self) -> list[Arm]:
+        """Return the plan's arms but the holdout, which has an account of its own."""
+        return [arm for arm in self._state.plan.arms if arm.name != "holdout"] if self._state.plan else []
+
+    def _arms_status(self, now: float) -> list[dict[str, Any]]:
+        arms = {arm.version: arm for arm in self._planned_arms()}
+        rows = [self._arm_row("plan", version, arms.get(version), now) for version in self._shown_versions()]
+        plan, holdout = self._state.plan, self._state.holdout
+        if plan is not None and holdout is not None:
+            rows.append(self._arm_row("holdout", holdout.version, plan.arm("holdout"), now) | {"arm": "holdout"})
+        return rows
+
+    def _arm_row(self, account: Account, version: int, arm: Arm | None, now: float) -> dict[str, Any]:
         return {
             "version": version,
             "arm": arm.name if arm else None,
             "weight": arm.weight if arm else 0.0,
-            **self._traffic_of(version).summary(now),
+            **self._traffic_of(account, version).summary(now),
         }
-
-
-def arm_version(decision: Decision, state: RegistryState) -> int:
-    """Return the version that should have answered: of the release's arm, or the champion of that time without a release."""
-    if 1 <= decision.release <= len(state.releases):
-        release = state.releases[decision.release - 1]
-        return release.candidate if decision.arm == "canary" else release.incumbent
-    for release in reversed(state.releases):
-        for entry in reversed(release.history):
-            if entry.time_s <= decision.time_s:
-                return release.candidate if entry.action == "promote" else release.incumbent
-    first_champion = state.releases[0].incumbent if state.releases else state.champion
-    return decision.version if first_champion is None else first_champion
-
-
-def _release_status(release: Release) -> dict[str, Any]:
-    return {
-        "number": release.number,
-        "candidate": release.candidate,
-        "incumbent": release.incumbent,
-        "state": release.state,
-        "step": release.step,
-        "weights": list(release.weights),
-        "canary_weight": release.weights[release.step] if release.is_open else 0.0,
-        "override_gates": release.override_gates,
-        "started_at": release.started_at,
-        "history": [
-            {"time_s": entry.time_s, "action": entry.action, "step": entry.step, "reason": entry.reason}
-            for entry in release.history
-        ],
-    }
 
 
 def _sum(totals: list[dict[int, int]]) -> dict[int, int]:

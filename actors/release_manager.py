@@ -53,14 +53,15 @@ class ReleaseManager:
             gate_verdict=state.version(release.candidate).gate_verdict,
             config=self._config,
             now=now,
+            switched_off=state.switched_off,
         )
         if decision.action != "hold":
-            self._act(release, decision, now)
+            self._act(state, release, decision, now)
         return decision
 
-    def _act(self, judged: Release, decision: ReleaseDecision, now: float) -> None:
+    def _act(self, seen: RegistryState, judged: Release, decision: ReleaseDecision, now: float) -> None:
         def entry(state: RegistryState) -> dict[str, Any]:
-            if state.release != judged:
+            if state.release != judged or state.switched_off != seen.switched_off:
                 raise ReleaseRefused(f"release {judged.number} was changed by somebody else meanwhile")
             return change_release(state, decision.action, reason=decision.reason, numbers=decision.numbers)
 

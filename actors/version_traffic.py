@@ -42,7 +42,7 @@ class VersionTraffic:
     def decision(self, decision: Decision) -> None:
         """Count a decision of this version's arm; one that another version had to answer is an error of this one."""
         self.num_decisions += 1
-        if decision.fallback is None:
+        if not decision.is_stood_in_for:
             if isinstance(decision.action, int):  # lists and real numbers have no mix that a person could read
                 self._actions[decision.action] += 1
         else:

@@ -4,8 +4,9 @@ import heapq
 import itertools
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
-from policies.records import Decision, Feedback
+from policies.records import Decision, Feedback, Override
 
 SETTLE_S = 2.0  # after a final feedback: others of the same episode may come through another replica's file
 WAIT_S = 10.0  # feedback without a decision: decisions are written before they are answered, so none is later than a flush
@@ -15,11 +16,25 @@ MAX_OPEN_EPISODES = 100_000
 MAX_QUEUED_EPISODES = 500_000  # episodes that are over and wait for an older one of the same arm
 
 
+Account = Literal["plan", "holdout", "request"]
+
+
+def account_of(decision: Decision) -> Account:
+    """Return what a decision counts for: its version in the plan and its releases, the holdout, or nothing at all.
+
+    The last is for decisions whose arm the request chose: who sends them is no sample of anybody.
+    """
+    if decision.assigned == "request":
+        return "request"
+    return "holdout" if decision.arm == "holdout" else "plan"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The sum of an episode's rewards. It is mixed, and says nothing of a version, when more than one answered.
 
-    `time_s` is when it was over: it says where the outcome stands in a time series, not in which order outcomes come.
+    `account` is that of the episode's first decision. `time_s` is when it was over: it says where the outcome stands in a time
+    series, not in which order outcomes come.
     """
 
     release: int
@@ -27,10 +42,12 @@ class Outcome:
     value: float
     time_s: float
     is_mixed: bool
+    account: Account = "plan"
 
 
 class _Episode:
     __slots__ = (
+        "account",
         "episode_id",
         "final_s",
         "first_s",
@@ -38,6 +55,7 @@ class _Episode:
         "is_closed",
         "is_mixed",
         "last_s",
+        "overridden_s",
         "release",
         "reward",
         "version",
@@ -45,8 +63,10 @@ class _Episode:
 
     def __init__(self, decision: Decision, version: int) -> None:
         self.episode_id = decision.episode_id
+        self.account = account_of(decision)
         self.release = decision.release
         self.version = version
+        self.overridden_s: dict[str, float] | None = None  # by decision; rarely needed
         self.is_mixed = False
         self.is_closed = False
         self.has_reward = False
@@ -56,10 +76,11 @@ class _Episode:
 
     def add(self, decision: Decision, version: int) -> None:
         """Take in one more decision; the first in time, not the first that was read, says whose episode it is."""
-        if decision.fallback is not None or version != self.version:
+        account = account_of(decision)
+        if decision.is_stood_in_for or version != self.version or account != self.account:
             self.is_mixed = True
         if decision.time_s < self.first_s:
-            self.first_s, self.release, self.version = decision.time_s, decision.release, version
+            self.first_s, self.release, self.version, self.account = decision.time_s, decision.release, version, account
         self.last_s = max(self.last_s, decision.time_s)
 
 
@@ -76,6 +97,9 @@ class Joiner:
     that began before it. In the order of ending, short episodes would come first, and whoever looks early would compare
     arms by their short episodes alone. An abandoned episode is over when its reward window is; it is worth what it had
     earned, and nothing at all if it never got a reward: no feedback is no evidence.
+
+    An override makes its decision's episode mixed, unless it is later than that decision's feedback, its reward window or the
+    end of the episode (`override_late`). That is a rule of the records' times: live, such an episode has been counted already.
     """
 
     def __init__(self, reward_window_s: float) -> None:
@@ -85,12 +109,15 @@ class Joiner:
         self._closing: list[tuple[float, int, _Episode]] = []  # a heap by time: two files are read one after the other
         self._serial = itertools.count()
         self._waiting: dict[str, Feedback] = {}
+        self._waiting_overrides: dict[str, Override] = {}
         self._joined = _RecentIds(reward_window_s)
         self._expired = _RecentIds(reward_window_s)
         self._cut = _RecentIds(reward_window_s)  # episodes we forgot while they may go on: their sum would lack its first part
-        self._queues: dict[tuple[int, int], deque[_Episode]] = {}  # per release and version, in the order of beginning
+        # Per account, release and version, in the order of beginning.
+        self._queues: dict[tuple[Account, int, int], deque[_Episode]] = {}
         self._num_queued = 0
-        self.counts = dict.fromkeys(("joined", "duplicate", "unknown", "late", "duplicate_decisions", "abandoned", "evicted"), 0)
+        names = ("joined", "duplicate", "unknown", "late", "duplicate_decisions", "abandoned", "evicted")
+        self.counts = dict.fromkeys((*names, "overridden", "override_late", "override_unknown"), 0)
 
     @property
     def num_waiting(self) -> int:
@@ -109,10 +136,27 @@ class Joiner:
         if len(self._pending) > MAX_PENDING:
             self._expire_first()
             self.counts["evicted"] += 1
+        override = self._waiting_overrides.pop(decision_id, None)
+        if override is not None:
+            self._override(override, decision.time_s, episode)
         waiting = self._waiting.pop(decision_id, None)
         if waiting is not None:
             self.feedback(waiting)
         return True
+
+    def override(self, override: Override) -> None:
+        """Take in that a decision was not carried out: what became of its episode is not the version's doing."""
+        decision_id = override.decision_id
+        entry = self._pending.get(decision_id)
+        if entry is not None:
+            self._override(override, *entry)
+        elif decision_id in self._joined or decision_id in self._expired:
+            self.counts["override_late"] += 1
+        else:
+            self._waiting_overrides.setdefault(decision_id, override)
+            if len(self._waiting_overrides) > MAX_PENDING:
+                _pop_first(self._waiting_overrides)
+                self.counts["override_unknown"] += 1
 
     def feedback(self, feedback: Feedback) -> None:
         """Take in a feedback: join it, or keep it until its decision was read."""
@@ -133,10 +177,14 @@ class Joiner:
     def settle(self, until_s: float) -> list[Outcome]:
         """Return the outcomes that are complete, given that all records of before `until_s` were taken in."""
         while self._closing and self._closing[0][0] + SETTLE_S <= until_s:
-            self._close(heapq.heappop(self._closing)[2])
+            episode = heapq.heappop(self._closing)[2]
+            self._close(episode, episode.final_s + SETTLE_S)
         while self._waiting and next(iter(self._waiting.values())).time_s + WAIT_S < until_s:
             _pop_first(self._waiting)
             self.counts["unknown"] += 1
+        while self._waiting_overrides and next(iter(self._waiting_overrides.values())).time_s + WAIT_S < until_s:
+            _pop_first(self._waiting_overrides)
+            self.counts["override_unknown"] += 1
         while self._pending and next(iter(self._pending.values()))[0] + self._window_s < until_s:
             self._expire_first()
         while self._open and next(iter(self._open.values())).last_s + self._window_s + SETTLE_S < until_s:
@@ -161,7 +209,7 @@ class Joiner:
 
     def _begin(self, decision: Decision, version: int) -> _Episode:
         episode = _Episode(decision, version)
-        self._queues.setdefault((decision.release, version), deque()).append(episode)
+        self._queues.setdefault((episode.account, decision.release, version), deque()).append(episode)
         self._num_queued += 1
         return episode
 
@@ -178,7 +226,8 @@ class Joiner:
         episode_id = next(iter(self._open))
         episode = self._open.pop(episode_id)
         self._cut.add(episode_id)
-        episode.is_closed, episode.final_s = True, episode.last_s
+        episode.final_s = episode.last_s
+        self._close(episode, episode.last_s + self._window_s + SETTLE_S)
 
     def _take_outcomes(self) -> list[Outcome]:
         """Return the outcomes of closed episodes, as far as no older one of the same release and version is still open."""
@@ -190,7 +239,8 @@ class Joiner:
                 if not episode.is_closed:
                     self.counts["evicted"] += 1  # it may go on and will be counted nowhere
                 elif episode.has_reward:
-                    outcomes.append(Outcome(episode.release, episode.version, episode.reward, episode.final_s, episode.is_mixed))
+                    what = episode.release, episode.version, episode.reward, episode.final_s, episode.is_mixed
+                    outcomes.append(Outcome(*what, account=episode.account))
             if not queue:
                 del self._queues[key]
         return outcomes
@@ -202,16 +252,39 @@ class Joiner:
             return
         self._joined.add(feedback.decision_id)
         self.counts["joined"] += 1
+        overridden_s = (episode.overridden_s or {}).get(feedback.decision_id)
+        if overridden_s is not None and overridden_s > feedback.time_s:
+            self._take_back_override(episode, feedback.decision_id)
         episode.reward += feedback.reward
         episode.has_reward = True
         if episode.episode_id is None:
             episode.final_s = feedback.time_s
-            self._close(episode)
+            self._close(episode, episode.final_s)
         elif feedback.final and not episode.final_s:
             episode.final_s = feedback.time_s
             heapq.heappush(self._closing, (episode.final_s, next(self._serial), episode))
 
-    def _close(self, episode: _Episode) -> None:
+    def _override(self, override: Override, decided_s: float, episode: _Episode) -> None:
+        if episode.is_closed or override.time_s - decided_s > self._window_s:
+            self.counts["override_late"] += 1
+            return
+        if episode.overridden_s is None:
+            episode.overridden_s = {}
+        if override.decision_id not in episode.overridden_s:
+            episode.overridden_s[override.decision_id] = override.time_s
+            self.counts["overridden"] += 1
+
+    def _take_back_override(self, episode: _Episode, decision_id: str) -> None:
+        assert episode.overridden_s is not None
+        del episode.overridden_s[decision_id]
+        self.counts["overridden"] -= 1
+        self.counts["override_late"] += 1
+
+    def _close(self, episode: _Episode, end_s: float) -> None:
+        for decision_id, overridden_s in list((episode.overridden_s or {}).items()):
+            if overridden_s > end_s:
+                self._take_back_override(episode, decision_id)
+        episode.is_mixed = episode.is_mixed or bool(episode.overridden_s)
         episode.is_closed = True
         if episode.episode_id is not None and self._open.get(episode.episode_id) is episode:
             del self._open[episode.episode_id]

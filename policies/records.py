@@ -70,6 +70,11 @@ class Decision(msgspec.Struct, frozen=True):
     assigned: Literal["plan", "request"] = "plan"
     repair: str | None = None
 
+    @property
+    def is_stood_in_for(self) -> bool:
+        """Whether somebody else than the arm's own version answered: an error of that version."""
+        return self.fallback is not None or self.rung != "arm"
+
 
 class DecisionBatch(msgspec.Struct, frozen=True):
     """The decisions of one request with many observations, in one line; `rows` are they, each a `Decision` of its own.
@@ -147,7 +152,9 @@ class Shadow(msgspec.Struct, frozen=True):
     """What a version that answers in the background would have answered to a decision's observation.
 
     `distribution` is that of its actions (see `policies.distributions`), `action` what it would have sent with the decision's
-    seed in its own mode, and `propensity` that action's; all three are null where it failed, and `failure` says how.
+    seed in its own mode, and `propensity` that action's; all three are null where it failed, and `failure` says how. `agrees`
+    says whether that is the action that was sent, and `sent_propensity` with which probability the shadow would have sent that
+    one, null for real-valued actions.
     """
 
     decision_id: str
@@ -159,6 +166,8 @@ class Shadow(msgspec.Struct, frozen=True):
     action: Any
     propensity: float | None
     failure: str | None = None
+    agrees: bool | None = None
+    sent_propensity: float | None = None
 
 
 class Override(msgspec.Struct, frozen=True):

@@ -3,14 +3,16 @@
 They are pure: `Registry.append` calls one with the state that it read, and again with the next one when it lost a race.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 from policies.bundle import Bundle
 from policies.errors import GateRefused, NotFound, RegistryConflict, ReleaseRefused, UsageError
-from policies.registry_state import DERIVED_ALIASES, RegistryState, ReleaseAction, Version
+from policies.registry_state import DERIVED_ALIASES, RegistryState, ReleaseAction, SwitchedArm, Version
 from policies.storage import NAME_PATTERN
+from policies.traffic import BUCKETS, MAX_HOLDOUT
 from policies.verdicts import Verdict
 
+MAX_SHADOWS = 4  # each costs as much to compute as the answer itself
 MAX_TEXT = 1000  # characters of a reason or a tag's value: the journal is read as a whole
 
 
@@ -57,6 +59,12 @@ def start_release(
         )
     if candidate == state.champion:
         raise ReleaseRefused(f"version {candidate} is the champion already")
+    _require_switched_on(state, "canary", f"version {candidate} cannot be its next one")
+    if "champion" in state.switched_off:
+        raise ReleaseRefused(
+            f"the champion, version {state.champion}, is switched off: there is nothing to compare with; make the previous one "
+            "champion with `trimtab release rollback`, or switch this one on with `trimtab arms enable champion`"
+        )
     if (version.gate_verdict is not Verdict.PASS or override_gates) and weights[0] >= 1:
         raise GateRefused(f"version {candidate}: with --override-gates it can be canaried, not given all traffic at once")
     if version.gate_verdict is not Verdict.PASS and not override_gates:
@@ -96,6 +104,8 @@ def change_release(
         raise ReleaseRefused(f"release {release.number} is {release.state}: nothing to {action}")
     if action == "advance" and release.step + 1 >= len(release.weights):
         raise ReleaseRefused(f"release {release.number} is at its last step; promote it")
+    if action in ("advance", "promote"):
+        _require_switched_on(state, "canary", f"release {release.number} cannot {action}")
     if action == "promote":
         _require_passing(state.version(release.candidate), "cannot be promoted")
         if release.override_gates:
@@ -105,6 +115,60 @@ def change_release(
     if (action == "pause" and release.state != "running") or (action == "resume" and release.state != "paused"):
         raise ReleaseRefused(f"release {release.number} is {release.state}: nothing to {action}")
     return {"kind": "release_change", "release": release.number, "action": action, "reason": reason, "numbers": numbers or {}}
+
+
+def set_holdout(state: RegistryState, version: int, *, weight: float, override_gates: str | None, reason: str) -> dict[str, Any]:
+    """Return the entry that gives a version a share of units that no release reaches, instead of the holdout there may be."""
+    _require_deliverable(state, version, override_gates, "the holdout")
+    _require_switched_on(state, "holdout", f"version {version} cannot be the next one")
+    if not 1 / BUCKETS <= weight <= MAX_HOLDOUT:
+        raise UsageError(f"weight {weight:g} of the holdout must be between {1 / BUCKETS:g} and {MAX_HOLDOUT:g} of the units")
+    what = {"version": version, "weight": weight, "override_gates": override_gates}
+    return {"kind": "holdout", **what, "reason": _text("reason", reason)}
+
+
+def end_holdout(state: RegistryState, reason: str) -> dict[str, Any]:
+    """Return the entry after which nobody is held out: these units take part in releases as all others do."""
+    if state.holdout is None:
+        raise ReleaseRefused("there is no holdout to end; begin one with `trimtab arms holdout VERSION --weight 0.05`")
+    what = {"version": state.holdout.version, "weight": None, "override_gates": None}
+    return {"kind": "holdout", **what, "reason": _text("reason", reason)}
+
+
+def set_shadows(state: RegistryState, versions: tuple[int, ...], *, override_gates: str | None, reason: str) -> dict[str, Any]:
+    """Return the entry that lets exactly these versions answer in the background; none ends it.
+
+    Whether they take what the champion takes is checked by each replica when it loads them.
+    """
+    if not versions and not state.shadows:
+        raise ReleaseRefused("there is no shadow to end; begin with `trimtab arms shadow VERSION`")
+    if len(versions) > MAX_SHADOWS or len(set(versions)) != len(versions):
+        raise UsageError(f"shadows {list(versions)}: at most {MAX_SHADOWS} different versions are allowed")
+    for version in versions:
+        _require_deliverable(state, version, override_gates, "a shadow")
+        if version == state.champion:
+            raise ReleaseRefused(f"version {version} is the champion: it answers every request already")
+    if versions:
+        _require_switched_on(state, "shadow", f"versions {list(versions)} would not be asked")
+    what = {"versions": list(versions), "override_gates": override_gates}
+    return {"kind": "shadows", **what, "reason": _text("reason", reason)}
+
+
+def switch_arm(state: RegistryState, arm: SwitchedArm, *, enabled: bool, reason: str) -> dict[str, Any]:
+    """Return the entry that takes an arm out of the traffic at once, or lets it in again.
+
+    A canary's or holdout's units are then the champion's, a champion's units the previous champion's.
+    """
+    if arm not in get_args(SwitchedArm):
+        raise UsageError(f"arm {arm!r} does not exist; there are {', '.join(get_args(SwitchedArm))}")
+    _require_champion(state)
+    if enabled and arm not in state.switched_off:
+        raise ReleaseRefused(f"the {arm} is not switched off: nothing to enable")
+    if not enabled and arm in state.switched_off:
+        raise ReleaseRefused(f"the {arm} is switched off already: {state.switched_off[arm].reason}")
+    if not enabled and arm == "champion":
+        _require_stand_in(state)
+    return {"kind": "arm_switch", "arm": arm, "enabled": enabled, "reason": _text("reason", reason)}
 
 
 def set_alias(state: RegistryState, alias: str, version: int, reason: str) -> dict[str, Any]:
@@ -155,6 +219,43 @@ def collect_version(state: RegistryState, version: int, reason: str) -> dict[str
     if use is not None:
         raise ReleaseRefused(f"version {version} is {use}: its bundle stays")
     return {"kind": "collect", "version": version, "reason": _text("reason", reason)}
+
+
+def _require_champion(state: RegistryState) -> None:
+    if state.champion is None:
+        raise ReleaseRefused("there is no champion, so there is no traffic to share; publish a first version")
+
+
+def _require_deliverable(state: RegistryState, number: int, override_gates: str | None, what: str) -> None:
+    version = state.version(number)
+    _require_bundle(version)
+    _require_champion(state)
+    if version.gate_verdict is not Verdict.PASS and not override_gates:
+        raise GateRefused(
+            f'version {number}: gates said {version.gate_verdict}; it can be {what} only with --override-gates "reason"'
+        )
+
+
+def _require_switched_on(state: RegistryState, arm: SwitchedArm, consequence: str) -> None:
+    if arm in state.switched_off:
+        raise ReleaseRefused(
+            f"the {arm} is switched off ({state.switched_off[arm].reason}): {consequence}; `trimtab arms enable {arm}` first"
+        )
+
+
+def _require_stand_in(state: RegistryState) -> None:
+    """Raise `ReleaseRefused` unless the previous champion can answer for this one."""
+    previous, release = state.previous_champion, state.release
+    if previous is None:
+        raise ReleaseRefused(
+            f"version {state.champion} is the only champion there has been: nobody could answer instead, and `trimtab release "
+            "rollback` has nothing to bring back; release another version, or end serving with `trimtab down`"
+        )
+    if release is not None and release.is_open and previous == release.candidate:
+        raise ReleaseRefused(
+            f"version {previous}, the previous champion, is the canary of release {release.number}: it cannot be compared with "
+            "itself; end the release first with `trimtab release promote` or `trimtab release rollback`"
+        )
 
 
 def _require_alias_name(alias: str) -> None:

@@ -27,7 +27,8 @@ def find_garbage(state: RegistryState, ages_s: dict[str, float], *, keep_s: floa
     """Return the bundles that may go, of those there are with the seconds since they were put there.
 
     What is used is never among them: champion, previous champion, what a rollback brings back, both sides of an open release,
-    and versions with an alias. A bundle without an entry may be one that is just being published, so it is given time as well.
+    holdout, shadows, and versions with an alias. A bundle without an entry may be one that is just being published, so it is
+    given time as well.
     """
     found = []
     for name, age_s in sorted(ages_s.items()):

@@ -3,16 +3,18 @@
 Champion, release, traffic plan, aliases, tags and approvals are never stored: they are what the entries say, in their order.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from policies.errors import IntegrityError, NotFound
-from policies.traffic import TrafficPlan, champion_only, with_canary
+from policies.traffic import TrafficPlan, champion_only, with_canary, with_holdout, without
 from policies.verdicts import Verdict
 
 ReleaseAction = Literal["advance", "promote", "rollback", "abort", "pause", "resume"]
 ReleaseState = Literal["running", "paused", "promoted", "rolled_back", "aborted"]
+SwitchedArm = Literal["canary", "champion", "holdout", "shadow"]
 
 DERIVED_ALIASES = ("champion", "challenger", "previous")  # they follow from releases; nobody sets them
 MIN_DIGEST_PREFIX = 6
@@ -76,10 +78,30 @@ class Release:
 
 
 @dataclass(frozen=True)
+class Holdout:
+    """Units that no release reaches: `weight` of all are answered by `version` for as long as it lasts."""
+
+    version: int
+    weight: float
+    reason: str
+    time_s: float
+
+
+@dataclass(frozen=True)
+class SwitchOff:
+    """Why and since when an arm is switched off."""
+
+    reason: str
+    time_s: float
+
+
+@dataclass(frozen=True)
 class RegistryState:
     """What the journal adds up to after `num_entries` entries.
 
-    `torn` names the unfinished file behind the last entry that a crash left, if any: it counts for nothing.
+    `torn` names the unfinished file behind the last entry that a crash left, if any: it counts for nothing. `plans` are all
+    traffic plans, the present one last: the log names them by their numbers. `holdout` and `shadows` are what was asked for,
+    also while they are switched off.
     """
 
     num_entries: int = 0
@@ -88,9 +110,23 @@ class RegistryState:
     champion: int | None = None
     previous_champion: int | None = None
     releases: tuple[Release, ...] = ()
-    plan: TrafficPlan | None = None
+    plans: tuple[TrafficPlan, ...] = ()
+    holdout: Holdout | None = None
+    shadows: tuple[int, ...] = ()
+    switched_off: dict[SwitchedArm, SwitchOff] = field(default_factory=dict)
+    served_at: dict[int, float] = field(default_factory=dict)  # when a version last became or stopped to be holdout or shadow
     set_aliases: dict[str, int] = field(default_factory=dict)
     torn: str | None = None
+
+    @property
+    def plan(self) -> TrafficPlan | None:
+        """The traffic plan in force; None before the first champion."""
+        return self.plans[-1] if self.plans else None
+
+    def plan_numbered(self, number: int) -> TrafficPlan | None:
+        """Return the plan that a journal entry made, or None when it made none."""
+        index = bisect_right(self.plans, number, key=lambda plan: plan.number) - 1
+        return self.plans[index] if index >= 0 and self.plans[index].number == number else None
 
     @property
     def release(self) -> Release | None:
@@ -143,11 +179,15 @@ class RegistryState:
             return "what a rollback brings back"
         if self.release is not None and self.release.is_open and number == self.release.incumbent:
             return "the open release's incumbent"
+        if self.holdout is not None and number == self.holdout.version:
+            return "the holdout"
+        if number in self.shadows:
+            return "a shadow"
         return None
 
     def last_used_at(self, number: int) -> float:
-        """Return when a version was last registered, released or replaced, in seconds since 1970."""
-        times = [self.version(number).registered_at]
+        """Return when a version was last registered, released, replaced, holdout or shadow, in seconds since 1970."""
+        times = [self.version(number).registered_at, self.served_at.get(number, 0.0)]
         times += [r.history[-1].time_s for r in self.releases if number in (r.candidate, r.incumbent)]
         return max(times)
 
@@ -196,12 +236,17 @@ def apply(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
             ),
         )
     if kind == "champion":
-        plan = champion_only(entry["number"], entry["version"])
-        return replace(state, champion=entry["version"], previous_champion=state.champion, plan=plan)
+        return _planned(_crowned(state, entry["version"]), entry)
     if kind == "release_start":
         return _apply_release_start(state, entry)
     if kind == "release_change":
         return _apply_release_change(state, entry)
+    if kind == "holdout":
+        return _planned(_apply_holdout(state, entry), entry)
+    if kind == "shadows":
+        return _planned(_apply_shadows(state, entry), entry)
+    if kind == "arm_switch":
+        return _planned(_apply_arm_switch(state, entry), entry)
     if kind == "alias":
         return _apply_alias(state, entry)
     if kind == "tag":
@@ -243,11 +288,11 @@ def _apply_release_start(state: RegistryState, entry: dict[str, Any]) -> Registr
         started_at=entry["time_s"],
         history=(ReleaseStep(entry["time_s"], "start", 0, entry["reason"], {}),),
     )
-    return replace(state, releases=(*state.releases, release), plan=_plan(release, entry["number"]))
+    return _planned(replace(state, releases=(*state.releases, release)), entry)
 
 
 def _apply_release_change(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
-    index, action, number = entry["release"] - 1, entry["action"], entry["number"]
+    index, action = entry["release"] - 1, entry["action"]
     release = state.releases[index]
     step = release.step + (action == "advance")
     history = (*release.history, ReleaseStep(entry["time_s"], action, step, entry["reason"], entry["numbers"]))
@@ -263,23 +308,65 @@ def _apply_release_change(state: RegistryState, entry: dict[str, Any]) -> Regist
         release_state = "paused"
     changed = replace(release, step=step, state=release_state, history=history)
     state = replace(state, releases=(*state.releases[:index], changed, *state.releases[index + 1 :]))
-    if changed.is_open:
-        return replace(state, plan=_plan(changed, number))
     if action == "promote":
-        return replace(
-            state,
-            champion=changed.candidate,
-            previous_champion=changed.incumbent,
-            plan=champion_only(number, changed.candidate),
-        )
-    if release.state == "promoted":  # a rollback after the promotion
-        return replace(
-            state, champion=changed.incumbent, previous_champion=changed.candidate, plan=champion_only(number, changed.incumbent)
-        )
-    return replace(state, plan=champion_only(number, changed.incumbent))
+        state = _crowned(state, changed.candidate)
+    elif release.state == "promoted":  # a rollback after the promotion
+        state = _crowned(state, changed.incumbent)
+    return _planned(state, entry)
 
 
-def _plan(release: Release, number: int) -> TrafficPlan:
-    return with_canary(
-        number, release.number, champion=release.incumbent, candidate=release.candidate, weight=release.weights[release.step]
-    )
+def _crowned(state: RegistryState, version: int) -> RegistryState:
+    """Return the state with another champion. Who switched the champion off meant the one before: its switch ends with it.
+
+    Otherwise a rollback would put the version that was switched off into the place of the good one that it brings back.
+    """
+    switched_off = {arm: off for arm, off in state.switched_off.items() if arm != "champion"}
+    return replace(state, champion=version, previous_champion=state.champion, switched_off=switched_off)
+
+
+def _apply_holdout(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
+    number, weight = state.versions[entry["version"]].number, entry["weight"]
+    before = () if state.holdout is None else (state.holdout.version,)
+    holdout = None if weight is None else Holdout(number, float(weight), entry["reason"], entry["time_s"])
+    return replace(state, holdout=holdout, served_at=_served(state, (number, *before), entry))
+
+
+def _apply_shadows(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
+    shadows = tuple(state.versions[version].number for version in entry["versions"])
+    return replace(state, shadows=shadows, served_at=_served(state, (*shadows, *state.shadows), entry))
+
+
+def _served(state: RegistryState, versions: tuple[int, ...], entry: dict[str, Any]) -> dict[int, float]:
+    return state.served_at | dict.fromkeys(versions, entry["time_s"])
+
+
+def _apply_arm_switch(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
+    arm = entry["arm"]
+    if arm not in get_args(SwitchedArm):
+        raise ValueError(f"{arm!r} is no arm")
+    others = {name: off for name, off in state.switched_off.items() if name != arm}
+    added = {} if entry["enabled"] else {arm: SwitchOff(entry["reason"], entry["time_s"])}
+    return replace(state, switched_off=others | added)
+
+
+def _planned(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
+    """Return the state with the plan that follows from it: champion, open release, holdout, shadows and switches."""
+    assert state.champion is not None
+    champion, release = state.champion, state.release
+    if "champion" in state.switched_off:
+        assert state.previous_champion is not None
+        champion = state.previous_champion
+    if release is not None and release.is_open:
+        weight = release.weights[release.step]
+        plan = with_canary(entry["number"], release.number, champion=champion, candidate=release.candidate, weight=weight)
+    else:
+        plan = champion_only(entry["number"], champion)
+    if state.holdout is not None:
+        plan = with_holdout(plan, state.holdout.version, state.holdout.weight)
+    for arm in ("canary", "holdout"):
+        plan = without(plan, arm) if arm in state.switched_off else plan
+    # Who has an arm is no shadow meanwhile: it is asked already, or somebody switched it off to have it asked no more.
+    busy = {arm.version for arm in plan.arms} | {state.champion}
+    busy |= {release.candidate} if release is not None and release.is_open else set()
+    shadows = () if "shadow" in state.switched_off else tuple(v for v in state.shadows if v not in busy)
+    return replace(state, plans=(*state.plans, replace(plan, shadows=shadows)))

@@ -6,6 +6,7 @@ look every second. Each sequence gets alpha / 2, that is alpha / 4 for each of i
 - a candidate that is too bad in one of the two is promoted only if one of two ends is wrong: at most alpha / 2.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,11 +94,18 @@ def alpha_per_sequence(alpha: float) -> float:
 
 
 def judge(
-    release: Release, evidence: ReleaseEvidence, *, gate_verdict: Verdict, config: ReleaseConfig, now: float
+    release: Release,
+    evidence: ReleaseEvidence,
+    *,
+    gate_verdict: Verdict,
+    config: ReleaseConfig,
+    now: float,
+    switched_off: Collection[str] = (),
 ) -> ReleaseDecision:
-    """Return the next action of an open release.
+    """Return the next action of an open release; `switched_off` are the arms that somebody took out of the traffic.
 
-    Proven harm rolls back at any step, paused or not. Missing evidence holds: it neither promotes nor rolls back.
+    Proven harm rolls back at any step, paused or not. Missing evidence holds: it neither promotes nor rolls back. So does an
+    arm that is switched off: what was collected before could still pass, and the clock of the step runs on.
     """
     assert release.is_open
     outcome_verdict, outcome_reason = judge_outcomes(evidence, config.max_regression)
@@ -106,8 +114,12 @@ def judge(
     numbers = {**evidence.to_json(), "config": config.model_dump(mode="json")}
     if Verdict.FAIL in verdicts:
         return ReleaseDecision("rollback", Verdict.FAIL, reason, numbers)
-    if Verdict.INCONCLUSIVE in verdicts:
-        return ReleaseDecision("hold", Verdict.INCONCLUSIVE, reason, numbers)
+    verdict = Verdict.INCONCLUSIVE if Verdict.INCONCLUSIVE in verdicts else Verdict.PASS
+    off = " and ".join(arm for arm in ("canary", "champion") if arm in switched_off)
+    if off:
+        return ReleaseDecision("hold", verdict, f"{off} switched off: the release stands still; {reason}", numbers)
+    if verdict is Verdict.INCONCLUSIVE:
+        return ReleaseDecision("hold", verdict, reason, numbers)
     obstacle = _obstacle(release, evidence.candidate, gate_verdict, config, now)
     if obstacle:
         return ReleaseDecision("hold", Verdict.PASS, f"{obstacle}; {reason}", numbers)

@@ -76,7 +76,9 @@ class Ingress:
         self._request_modes = config.request_modes
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
-        self._shown: list[Rows] = []  # what shadows are asked about when this batch's answers have left
+        self._shown: list[
+            tuple[Rows, list[Answer | ServiceUnavailable]]
+        ] = []  # what shadows are asked about when this batch's answers have left
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
             self._answer_batch, max_batch_size=config.max_batch_size, max_queue=config.max_queue
         )
@@ -142,8 +144,8 @@ class Ingress:
             self._shown = []
             ordered = [Draft(error) if draft.line else draft for draft in ordered]
         _let_go(ordered, delivers)
-        for rows in self._shown:
-            self._shadowing.offer(snapshot.shadows, rows.decision_ids, rows.obs_BD, rows.mask_BA)
+        for rows, answers in self._shown:
+            self._offer_to_shadows(rows, answers, snapshot)
 
     def _decide_singles(self, asks: list[Ask], snapshot: Snapshot) -> list[Draft]:
         """Return a draft for each of the requests for one decision, which are decided together."""
@@ -249,9 +251,20 @@ class Ingress:
         return [asks[index] for index in first], [delivers[index] for index in first]
 
     def _decide(self, rows: Rows, snapshot: Snapshot) -> list[Answer | ServiceUnavailable]:
+        answers = self.decider.decide(rows, snapshot)
         if snapshot.shadows:
-            self._shown.append(rows)
-        return self.decider.decide(rows, snapshot)
+            self._shown.append((rows, answers))
+        return answers
+
+    def _offer_to_shadows(self, rows: Rows, answers: list[Answer | ServiceUnavailable], snapshot: Snapshot) -> None:
+        answered = [row for row, answer in enumerate(answers) if isinstance(answer, Answer)]
+        self._shadowing.offer(
+            snapshot.shadows,
+            [rows.decision_ids[row] for row in answered],
+            [answers[row].action for row in answered],  # type: ignore[union-attr]
+            rows.obs_BD[answered],
+            rows.mask_BA[answered] if rows.mask_BA is not None else None,
+        )
 
     def _from_the_log(self, asks: list[Ask | ManyAsk], snapshot: Snapshot) -> dict[int, Draft]:
         """Return what was decided for requests that came before: the same id is the same decision, whatever the plan is now."""

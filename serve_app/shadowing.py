@@ -4,13 +4,14 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from policies.distributions import seed_of
 from policies.records import Shadow
+from policies.shadowing import failed_shadow, shadow_record
 from serve_app.decision_log import SegmentWriter
 from serve_app.variants import Variant
 
@@ -24,6 +25,7 @@ _encode = msgspec.json.Encoder().encode
 class _Batch(NamedTuple):
     variants: tuple[Variant, ...]
     decision_ids: list[str]
+    actions: list[Any]  # what was sent
     obs_BD: np.ndarray
     mask_BA: np.ndarray | None
 
@@ -45,13 +47,18 @@ class Shadowing:
         self.num_not_logged = 0
 
     def offer(
-        self, variants: tuple[Variant, ...], decision_ids: list[str], obs_BD: np.ndarray, mask_BA: np.ndarray | None
+        self,
+        variants: tuple[Variant, ...],
+        decision_ids: list[str],
+        actions: list[Any],
+        obs_BD: np.ndarray,
+        mask_BA: np.ndarray | None,
     ) -> None:
-        """Have the shadows asked about a batch, unless too many wait already."""
+        """Have the shadows asked about decisions that were logged, unless too many wait already."""
         if self._num_waiting_rows + len(decision_ids) > MAX_WAITING_ROWS:
             self.num_left_out += len(decision_ids)
             return
-        self._waiting.append(_Batch(variants, decision_ids, obs_BD, mask_BA))
+        self._waiting.append(_Batch(variants, decision_ids, actions, obs_BD, mask_BA))
         self._num_waiting_rows += len(decision_ids)
         if not self._is_scheduled:
             self._schedule()
@@ -80,17 +87,14 @@ class Shadowing:
 
 
 def _answers(variant: Variant, batch: _Batch, now_s: float) -> list[Shadow]:
-    version, digest, mode = variant.version, variant.digest, variant.mode
+    what: dict[str, Any] = {"version": variant.version, "digest": variant.digest, "mode": variant.mode, "now": now_s}
     try:
         parameters_BP = variant.distributions(batch.obs_BD, batch.mask_BA)
     except Exception as error:  # the version's own failure, which is what a shadow is there to find
-        failure = f"it raised {error!r:.200}"
-        return [Shadow(name, now_s, version, digest, mode, None, None, None, failure) for name in batch.decision_ids]
-    records = []
-    for name, parameters_P in zip(batch.decision_ids, parameters_BP):
-        if not np.isfinite(parameters_P).all():
-            records.append(Shadow(name, now_s, version, digest, mode, None, None, None, "it gave NaN"))
-            continue
-        action, propensity = variant.policy.distribution.choose(parameters_P, mode, seed_of(name))
-        records.append(Shadow(name, now_s, version, digest, mode, parameters_P.tolist(), action, propensity))
-    return records
+        failure = f"version {variant.version} raised {error!r:.200}"
+        return [failed_shadow(name, failure=failure, **what) for name in batch.decision_ids]
+    distribution = variant.policy.distribution
+    return [
+        shadow_record(name, action, seed=seed_of(name), distribution=distribution, parameters_P=parameters_P, **what)
+        for name, action, parameters_P in zip(batch.decision_ids, batch.actions, parameters_BP)
+    ]

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -14,7 +14,7 @@ from policies.errors import IntegrityError, TrimtabError
 from policies.policy import Policy
 from policies.registry import Registry, RegistryState
 from policies.spaces import Spaces
-from policies.traffic import Arm, TrafficPlan
+from policies.traffic import TrafficPlan, without
 
 POLL_INTERVAL_S = 0.5  # a plan change must be everywhere within 2 s; without news a poll is one failed `open`
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0  # verifying a bundle reads all of it: a broken one is not tried twice a second
@@ -38,13 +38,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A traffic plan with all of its variants: what one batch is answered with."""
+    """A traffic plan with all of its variants: what one batch is answered with.
+
+    `plan` names the arms and shadows that are loaded. `champion` is the variant of its champion arm; `previous` that of the
+    champion before it, None when there is none, it did not load, or it stands in for the champion already.
+    """
 
     plan: TrafficPlan
     champion: Variant
-    variants: MappingProxyType[int, Variant]  # exactly the versions of the plan's arms
-    previous: Variant | None = None  # the previous champion, if it is in memory
-    shadows: tuple[Variant, ...] = ()
+    variants: MappingProxyType[int, Variant]  # exactly the versions of the plan's arms: what may become an answer
+    shadows: tuple[Variant, ...] = ()  # asked in the background, never an answer
+    previous: Variant | None = None
 
 
 @dataclass
@@ -59,7 +63,9 @@ class VariantStore:
     """Follows the registry. `snapshot` is replaced as a whole, so whoever reads it once has one consistent plan.
 
     `refresh` does the work and may run in a thread; only one at a time. Readers need no lock. `snapshot` is None until a
-    champion has been loaded; after that it is always the newest plan whose versions all loaded, whatever becomes of the disk.
+    champion has been loaded; after that it is always the newest plan whose champion loaded, whatever becomes of the disk. Of
+    its other arms one that does not load is answered for by the champion, as if it were switched off: a broken canary or
+    holdout must not keep a rollback or a switch from coming into force. A shadow that does not load is left out.
     """
 
     registry: Registry
@@ -108,19 +114,26 @@ class VariantStore:
         for version in _wanted(state):
             if version not in self._loaded:
                 self._try_load(version, now=now)
-            self._swap(state.plan)
+            if self.snapshot is None or _is_loaded(state.plan, self._loaded):
+                self._swap(state, state.plan)
+            if self.snapshot is None:
+                return  # the champion did not load: the others would have nothing to be compared with
+        self._swap(state, state.plan)
 
-    def _swap(self, plan: TrafficPlan) -> None:
-        if self.snapshot is None:
-            plan = _what_loaded(plan, self._loaded)
-        versions = {arm.version for arm in plan.arms}
+    def _swap(self, state: RegistryState, plan: TrafficPlan) -> None:
+        plan = _what_loaded(plan, self._loaded)
         champion = plan.arm("champion")
-        if champion is None or not versions <= set(self._loaded):
+        assert champion is not None, "every plan has a champion"
+        if champion.version not in self._loaded:
             return
-        if self.snapshot is None or self.snapshot.plan != plan:
-            variants = MappingProxyType({version: self._loaded[version] for version in versions})
-            self.snapshot = Snapshot(plan, variants[champion.version], variants)
-            logger.info("event=plan_in_force plan=%d versions=%s", plan.number, sorted(versions))
+        previous = None
+        if state.previous_champion is not None and champion.version == state.champion:
+            previous = self._loaded.get(state.previous_champion)
+        if self.snapshot is None or self.snapshot.plan != plan or self.snapshot.previous is not previous:
+            variants = MappingProxyType({arm.version: self._loaded[arm.version] for arm in plan.arms})
+            shadows = tuple(self._loaded[version] for version in plan.shadows)
+            self.snapshot = Snapshot(plan, variants[champion.version], variants, shadows, previous)
+            logger.info("event=plan_in_force plan=%d versions=%s shadows=%s", plan.number, sorted(variants), list(plan.shadows))
 
     def _try_load(self, version: int, *, now: float) -> None:
         failure = self._failures.get(version)
@@ -152,23 +165,40 @@ class VariantStore:
             )
 
     def _forget_unwanted(self, state: RegistryState) -> None:
-        in_force = set(self.snapshot.variants) if self.snapshot else set()
+        in_force: set[int] = set()
+        if self.snapshot is not None:
+            in_force.update(self.snapshot.variants, self.snapshot.plan.shadows)
         keep = in_force.union(_wanted(state))
         self._loaded = {version: variant for version, variant in self._loaded.items() if version in keep}
         self._failures = {version: failure for version, failure in self._failures.items() if version in keep}
 
 
 def _wanted(state: RegistryState) -> list[int]:
-    """The champion, the plan's other versions, and the previous champion: a rollback must not wait for a load."""
-    assert state.plan is not None
-    versions = [state.champion, *(arm.version for arm in state.plan.arms), state.previous_champion]
+    """The plan's versions, champion first, and what may be called at any moment: then nothing must wait for a load.
+
+    That is the previous champion, for a rollback, and whatever is switched off; last the shadows, which nobody waits for.
+    """
+    plan = state.plan
+    assert plan is not None
+    release = state.release if state.release is not None and state.release.is_open else None
+    versions = [
+        *(arm.version for arm in reversed(plan.arms)),  # the champion is the last one
+        state.champion,
+        state.previous_champion,
+        release.candidate if release else None,
+        state.holdout.version if state.holdout else None,
+        *plan.shadows,
+    ]
     return list(dict.fromkeys(version for version in versions if version is not None))
 
 
+def _is_loaded(plan: TrafficPlan, loaded: dict[int, Variant]) -> bool:
+    return all(arm.version in loaded for arm in plan.arms)
+
+
 def _what_loaded(plan: TrafficPlan, loaded: dict[int, Variant]) -> TrafficPlan:
-    """Return the plan, or the champion alone when a replica starts during a release whose candidate does not load."""
-    if all(arm.version in loaded for arm in plan.arms):
-        return plan
-    champion = plan.arm("champion")
-    assert champion is not None, "every plan has a champion"
-    return TrafficPlan(plan.number, plan.release, (Arm("champion", champion.version, 1.0),))
+    """Return the plan without the arms and shadows that are not loaded; the champion stays in it in any case."""
+    for arm in plan.arms:
+        if arm.name != "champion" and arm.version not in loaded:
+            plan = without(plan, arm.name)
+    return replace(plan, shadows=tuple(version for version in plan.shadows if version in loaded))

@@ -13,6 +13,7 @@ import numpy as np
 from policies.confidence import ConfidenceSequence
 from policies.records import SCHEMA_VERSION, Decision, Feedback, SegmentHeader
 from policies.registry import RegistryState, Version, apply, change_release, start_release
+from policies.registry_entries import switch_arm
 from policies.release import (
     ArmEvidence,
     ReleaseConfig,
@@ -173,8 +174,12 @@ def simulate_release(
     interval: Interval = betting_interval,
     gate_verdict: Verdict = Verdict.PASS,
     override_gates: str | None = None,
+    switch_off_at_s: int | None = None,
 ) -> SimulatedRelease:
-    """Run one release to its end or to `max_seconds`, looking every second, on the real journal fold and the real rule."""
+    """Run one release to its end or to `max_seconds`, looking every second, on the real journal fold and the real rule.
+
+    From `switch_off_at_s` on the canary is switched off: the champion answers for it.
+    """
     state = _released(config.weights, gate_verdict, override_gates)
     behaviours = (candidate, incumbent)
     totals = np.zeros((2, 4), dtype=np.int64)  # candidate, incumbent × episodes, ones, decisions, errors
@@ -182,14 +187,19 @@ def simulate_release(
     for second in range(1, max_seconds + 1):
         release = state.release
         assert release is not None
-        num_canary = round(release.weights[release.step] * episodes_per_s)
+        if second == switch_off_at_s:
+            body = switch_arm(state, "canary", enabled=False, reason="test")
+            state = apply(state, {"number": 5, "time_s": START_S + second, **body})
+        canary = state.plan.arm("canary") if state.plan else None
+        num_canary = round(canary.weight * episodes_per_s) if canary else 0
         for row, behaviour, num in zip(totals, behaviours, (num_canary, episodes_per_s - num_canary)):
             decisions = num * decisions_per_episode
             errors = rng.binomial(decisions, behaviour.error_rate) if behaviour.error_rate else 0
             row += (num, rng.binomial(num, behaviour.outcome_mean), decisions, errors)
         arms = [_arm_evidence(*map(int, row), interval, alpha_per_sequence(config.alpha)) for row in totals]
         evidence = ReleaseEvidence((0.0, 1.0), *arms)
-        decision = judge(release, evidence, gate_verdict=gate_verdict, config=config, now=START_S + second)
+        now, off = START_S + second, state.switched_off
+        decision = judge(release, evidence, gate_verdict=gate_verdict, config=config, now=now, switched_off=off)
         if decision.action != "hold":
             actions.append(decision.action)
             state = _changed(state, decision, START_S + second)

@@ -29,13 +29,35 @@ def watch(console: Console, fetch: Callable[[], dict[str, Any]]) -> None:
 def status_view(status: dict[str, Any]) -> RenderableType:
     """Return the tables of a status document."""
     parts: list[RenderableType] = [_heading(status)]
+    parts += [Text(line, style="bold red") for line in switch_lines(status)]
     if status.get("training"):
         parts.append(Text(training_line(status["training"])))
     if status.get("arms"):
         parts.append(_arms_table(status["arms"]))
+    parts += [Text(line) for line in map(shadow_line, status.get("shadows") or [])]
     if status.get("monitor") is None:
         parts.append(Text(status.get("reason") or "the monitor does not answer", style="yellow"))
     return Group(*parts)
+
+
+def switch_lines(status: dict[str, Any]) -> list[str]:
+    """Return a line for each arm that is switched off, loud enough not to be forgotten."""
+    return [
+        f"{off['arm'].upper()} SWITCHED OFF: {off['reason']} (`trimtab arms enable {off['arm']}`)"
+        for off in status.get("switched_off") or []
+    ]
+
+
+def shadow_line(shadow: dict[str, Any]) -> str:
+    """Return what a shadow would have done, in one line."""
+    parts = [f"shadow v{shadow['version']}: {shadow['decisions']:,} decisions, {shadow['failures']} failures"]
+    if not shadow["is_asked"]:
+        parts.append("not asked now")
+    if shadow["agreement"] is not None:
+        parts.append(f"agrees in {shadow['agreement']:.1%}")
+    if shadow["sent_propensity"] is not None:
+        parts.append(f"would send the same with probability {shadow['sent_propensity']:.3f}")
+    return ", ".join(parts)
 
 
 def training_line(run: dict[str, Any]) -> str:
@@ -103,6 +125,7 @@ def _line(status: dict[str, Any]) -> str:
     release = status.get("release")
     if release:
         arms.append(f"release {release['number']} {release['state']}, step {release['step'] + 1} of {len(release['weights'])}")
+    arms += switch_lines(status)
     if status.get("training"):
         arms.append(training_line(status["training"]))
     return f"{time.strftime('%H:%M:%S')} {status['policy']} " + "; ".join(arms)

@@ -1,8 +1,11 @@
 """How registry entries, versions and lineages read for a person."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from policies.registry_state import SwitchOff
+from policies.traffic import TrafficPlan
 from trimtab.lineage import NOT_RECORDED
 
 SHORT = 12  # characters of a digest that tell any two apart
@@ -24,6 +27,14 @@ def describe(entry: dict[str, Any]) -> str:
         return f"release {entry['release']} of version {entry['candidate']} started"
     if kind == "release_change":
         return f"release {entry['release']}: {entry['action']}"
+    if kind == "holdout":
+        what = "ended" if entry["weight"] is None else f"of {100 * entry['weight']:.4g}% of the units"
+        return f"holdout {what}, version {entry['version']}"
+    if kind == "shadows":
+        versions = ", ".join(map(str, entry["versions"]))
+        return f"versions in shadow: {versions}" if versions else "shadows ended"
+    if kind == "arm_switch":
+        return f"{entry['arm']} switched {'on' if entry['enabled'] else 'off'}"
     if kind == "alias":
         return f"alias {entry['alias']} removed" if entry["version"] is None else f"alias {entry['alias']} → {entry['version']}"
     if kind == "tag":
@@ -33,6 +44,20 @@ def describe(entry: dict[str, Any]) -> str:
         return f"version {entry['version']} approved by {entry['approver']}"
     assert kind == "collect"  # the fold refused all others
     return f"version {entry['version']} given up"
+
+
+def plan_text(plan: TrafficPlan) -> str:
+    """Return who answers whom, on one line."""
+    shares = [f"{arm.name} v{arm.version} {100 * arm.weight:.4g}%" for arm in plan.arms]
+    return ", ".join([*shares, *(f"shadow v{version}" for version in plan.shadows)])
+
+
+def switches_text(switched_off: Mapping[str, SwitchOff]) -> str:
+    """Return a line for each arm that is switched off, loud enough not to be forgotten."""
+    return "\n".join(
+        f"{arm.upper()} SWITCHED OFF since {moment(off.time_s)}: {off.reason} (`trimtab arms enable {arm}`)"
+        for arm, off in switched_off.items()
+    )
 
 
 def numbers_text(numbers: dict[str, Any]) -> str:

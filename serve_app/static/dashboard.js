@@ -123,7 +123,7 @@ function showFreshness() {
   setText(byId("freshness"), freshnessText(ageS, stale));
   redraw(
     "notices",
-    [stale && (page.problem ?? "No answer"), page.status?.monitor === null, page.status?.reason, integrityErrors()],
+    [stale && (page.problem ?? "No answer"), page.status?.monitor === null, page.status?.reason, integrityErrors(), page.status?.switched_off ?? []],
     noticeList,
   );
 }
@@ -134,8 +134,10 @@ function freshnessText(ageS, stale) {
   return stale ? `last update ${ageS} s ago` : "live";
 }
 
-function noticeList([problem, monitorMissing, reason, integrity]) {
-  const notices = [];
+function noticeList([problem, monitorMissing, reason, integrity, switchedOff]) {
+  const notices = switchedOff.map(({ arm, reason, since_s }) =>
+    notice("bad", `The ${arm} is switched off since ${clock(since_s)}: ${reason}. Enable it with trimtab arms enable ${arm}.`),
+  );
   if (problem)
     notices.push(
       notice("bad", `${problem}. ${page.status ? "The values below are the last ones received. " : ""}Trying again each second.`),
@@ -173,10 +175,16 @@ function drawHeader(status) {
       ["Release", releaseSummary(status)],
       ["Decisions / s", number(total((arm) => arm.decisions_per_s))],
       ["Errors", integer(total((arm) => arm.errors))],
+      ...(status.shadows?.length ? [["Shadows", status.shadows.map(shadowText).join(" · ")]] : []),
     ],
     (items) => items.flatMap(([term, value]) => [element("div", {}, element("dt", {}, term), element("dd", {}, value))]),
   );
   setText(byId("announcement"), announcement(status));
+}
+
+function shadowText({ version, is_asked, decisions, failures, agreement }) {
+  const agrees = isNumber(agreement) ? `, agrees ${percent(agreement)}` : "";
+  return `v${version}${is_asked ? "" : " (not asked)"}: ${integer(decisions)}${agrees}${failures ? `, ✕ ${integer(failures)}` : ""}`;
 }
 
 function releaseSummary(status) {
@@ -203,9 +211,9 @@ const stepText = (release) => `step ${(release.step ?? 0) + 1} of ${release.weig
 // --- arms ---
 
 function sortedArms(status) {
-  const rank = { champion: 0, canary: 1 };
+  const rank = { champion: 0, canary: 1, holdout: 2 };
   const arms = status.arms ?? (status.plan?.arms ?? []).map(({ name, version, weight }) => ({ arm: name, version, weight }));
-  return [...arms].sort((a, b) => (rank[a.arm] ?? 2) - (rank[b.arm] ?? 2) || b.version - a.version);
+  return [...arms].sort((a, b) => (rank[a.arm] ?? 3) - (rank[b.arm] ?? 3) || b.version - a.version);
 }
 
 const armNames = (status) => Object.fromEntries((status.arms ?? []).map((arm) => [arm.version, arm.arm]));

@@ -5,7 +5,7 @@ import pytest
 
 from policies import joining
 from policies.joining import Joiner, Outcome
-from policies.records import Decision, Feedback
+from policies.records import Decision, Feedback, Override
 from policies.traffic import champion_only, with_canary
 from tests.simulators import START_S, Population, make_decision
 
@@ -221,3 +221,133 @@ def test_a_request_that_is_repeated_within_the_window_counts_once():
     assert joiner.decision(make_decision("a", time_s=START_S + 0.9 * WINDOW_S), 1) is False
     joiner.feedback(feedback("a", 1, second=0.9 * WINDOW_S))
     assert (joiner.counts["duplicate_decisions"], joiner.counts["duplicate"], joiner.counts["joined"]) == (1, 1, 1)
+
+
+# --- whose account, and overrides ---
+
+
+def overridden(decision_id: str, *, second: float = 0.5) -> Override:
+    return Override(decision_id, START_S + second, action=1, reason="the nurse knew better", key="ward")
+
+
+def test_outcomes_of_the_holdout_and_of_testers_are_told_apart_and_do_not_wait_for_each_other():
+    """The plan's first episode stays open: only the outcome of its own account waits for it."""
+    decisions = [
+        make_decision("open", episode_id="open"),
+        make_decision("held", arm="holdout", time_s=START_S + 1),
+        make_decision("test", arm="canary", assigned="request", time_s=START_S + 2),
+        make_decision("plan", time_s=START_S + 3),
+    ]
+    _, outcomes = joined(decisions, [feedback(name, 1, second=4) for name in ("held", "test", "plan")])
+    assert [outcome.account for outcome in outcomes] == ["holdout", "request"]
+
+
+@pytest.mark.parametrize("stranger", [{"arm": "holdout"}, {"assigned": "request"}, {"rung": "rule"}, {"fallback": "slow"}])
+def test_an_episode_with_a_decision_of_another_account_or_of_a_stand_in_is_mixed(stranger: dict):
+    rewards = [feedback("a", 1), feedback("b", 1, final=True)]
+    _, outcomes = joined([episode("a"), episode("b", **stranger)], rewards)
+    assert [(outcome.is_mixed, outcome.account) for outcome in outcomes] == [(True, "plan")]
+    _, outcomes = joined([episode("a"), episode("b")], rewards)
+    assert [outcome.is_mixed for outcome in outcomes] == [False]  # the control
+
+
+def test_an_overridden_decision_makes_its_episode_mixed_whichever_is_read_first():
+    for order in (("decision", "override"), ("override", "decision")):
+        joiner = Joiner(WINDOW_S)
+        takes = {"decision": lambda j: j.decision(episode("a"), 1), "override": lambda j: j.override(overridden("a"))}
+        for what in order:
+            takes[what](joiner)
+        joiner.decision(episode("b", second=1), 1)
+        joiner.feedback(feedback("b", 2, second=2, final=True))  # the overridden one has no feedback of its own
+        assert [outcome.is_mixed for outcome in joiner.settle(START_S + 50)] == [True]
+        assert joiner.counts["overridden"] == 1
+
+
+def test_only_the_episode_of_the_override_is_mixed():
+    joiner = Joiner(WINDOW_S)
+    for name in "ab":
+        joiner.decision(make_decision(name), 1)
+    joiner.override(overridden("a"))
+    joiner.override(overridden("a", second=0.7))  # said twice
+    for name in "ab":
+        joiner.feedback(feedback(name, 1))
+    assert [outcome.is_mixed for outcome in joiner.settle(START_S + 50)] == [True, False]
+    assert joiner.counts["overridden"] == 1
+
+
+def test_an_override_after_the_outcome_is_late_and_one_of_a_stranger_is_unknown():
+    joiner, outcomes = joined([make_decision("a")], [feedback("a", 1)])
+    assert [outcome.is_mixed for outcome in outcomes] == [False]
+    joiner.override(overridden("a", second=60))
+    joiner.override(overridden("nobody", second=60))
+    joiner.settle(START_S + 60 + joining.WAIT_S)
+    assert (joiner.counts["override_late"], joiner.counts["override_unknown"]) == (1, 0)
+    joiner.settle(START_S + 61 + joining.WAIT_S)
+    assert (joiner.counts["override_late"], joiner.counts["override_unknown"], joiner.counts["overridden"]) == (1, 1, 0)
+
+
+def test_overrides_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(joining, "MAX_PENDING", 3)
+    joiner = Joiner(WINDOW_S)
+    for number in range(10):
+        joiner.override(overridden(f"stranger-{number}"))
+    assert (len(joiner._waiting_overrides), joiner.counts["override_unknown"]) == (3, 7)
+
+
+def a_day_of_overrides(rng: np.random.Generator) -> list[tuple[float, object]]:
+    """Forty episodes of three decisions a second apart, feedback of most, and overrides at any time until long after."""
+    records: list[tuple[float, object]] = []
+    for number in range(40):
+        start_s = START_S + number
+        for step in range(3):
+            name, at_s = f"{number}-{step}", start_s + step
+            episode_id = None if number % 4 == 0 else f"episode-{number}"
+            records.append((at_s, make_decision(name, time_s=at_s, episode_id=episode_id, version=1)))
+            if rng.random() < 0.7:
+                late_s = at_s + rng.uniform(0.01, 3)
+                records.append((late_s, Feedback(name, late_s, 1.0, final=step == 2)))
+            if rng.random() < 0.5:
+                said_s = at_s + rng.choice([0.001, rng.uniform(0.01, 4), rng.uniform(10, 150)])
+                records.append((said_s, Override(name, said_s, 1, "test", "key")))
+    return sorted(records, key=lambda record: record[0])
+
+
+def outcomes_in_steps(records: list[tuple[float, object]], step_s: float) -> tuple[dict[float, bool], dict[str, int]]:
+    """Join as the monitor does: each refresh reads all new overrides, then the rest in the order of time.
+
+    Returns which outcomes, by when they were over, are mixed.
+    """
+    joiner, outcomes = Joiner(WINDOW_S), []
+    end_s = START_S + 400
+    now = START_S
+    while now < end_s:
+        new = [record for at_s, record in records if now <= at_s < now + step_s]
+        now += step_s
+        for record in new:
+            if isinstance(record, Override):
+                joiner.override(record)
+        for record in new:
+            if isinstance(record, Decision):
+                outcomes += joiner.settle(record.time_s)
+                joiner.decision(record, 1)
+            elif isinstance(record, Feedback):
+                outcomes += joiner.settle(record.time_s)
+                joiner.feedback(record)
+        outcomes += joiner.settle(now)
+    return {outcome.time_s: outcome.is_mixed for outcome in outcomes}, joiner.counts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_overrides_count_the_same_live_and_after_a_restart(seed: int):
+    records = a_day_of_overrides(np.random.default_rng(seed))
+    live, live_counts = outcomes_in_steps(records, 1.0)
+    whole, whole_counts = outcomes_in_steps(records, 400.0)
+    assert live == whole and live_counts == whole_counts
+    assert 0 < sum(live.values()) < len(live) and live_counts["override_late"] > 0
+
+
+def test_without_the_rule_of_times_a_restart_would_count_other_overrides(monkeypatch: pytest.MonkeyPatch):
+    """The negative control: whoever only asks whether the episode is still open depends on when it was read."""
+    monkeypatch.setattr(Joiner, "_take_back_override", lambda self, episode, decision_id: None)
+    records = a_day_of_overrides(np.random.default_rng(0))
+    assert outcomes_in_steps(records, 1.0) != outcomes_in_steps(records, 400.0)

@@ -8,13 +8,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from actors.monitor import Monitor, arm_version
+from actors.arms import arm_version
+from actors.monitor import Monitor
 from actors.release_manager import MAX_EVIDENCE_AGE_S, ReleaseManager
 from actors.version_traffic import latency_quantile_ms
 from policies.errors import StorageError
 from policies.integrity import canonical_json
-from policies.records import Feedback
+from policies.records import Feedback, Override, Shadow
 from policies.registry import Registry, RegistryState, apply, change_release, set_champion, start_release
+from policies.registry_entries import set_holdout, set_shadows, switch_arm
 from policies.registry_store import DirectoryStore
 from policies.release import ReleaseConfig
 from policies.storage import Storage, open_storage
@@ -111,7 +113,8 @@ def test_status_has_the_promised_shape_and_is_json(tmp_path: Path):
     status = json.loads(canonical_json(monitor.status(world.clock.now)))
     assert status.keys() == {
         *("policy", "time_s", "champion", "plan", "release", "releases", "versions", "arms", "series"),
-        *("feedback", "replicas", "responses", "monitor"),
+        *("feedback", "overrides", "replicas", "responses", "monitor"),
+        *("holdout", "shadows", "switched_off", "requested_decisions"),
     }
     assert status["release"].keys() == {
         *("number", "candidate", "incumbent", "state", "step", "weights", "canary_weight", "override_gates"),
@@ -197,21 +200,22 @@ def test_a_version_that_cannot_answer_gets_the_error_not_the_one_that_stood_in(t
     assert arms[2]["outcome"]["episodes"] == 0
 
 
-def test_the_arm_of_a_fallback_is_known_from_the_release_or_from_the_champion_of_the_time():
+def test_the_arm_of_a_fallback_is_known_from_the_plan_it_was_assigned_by():
+    """Entry 3 crowned version 1, 4 began the release of 2, 5 held version 1 out, 6 promoted, 7 switched the champion off."""
     state = registry_with(Verdict.PASS, Verdict.PASS)
-    canary = make_decision("a", arm="canary", version=1, release=1, fallback="not loaded")
-    champion = make_decision("b", arm="champion", version=2, release=1, fallback="not loaded")
-    alone = make_decision("c", time_s=START_S + 50, arm="champion", version=2, release=0, fallback="not loaded")
-    state = follow(state, start_release(state, 2, weights=(1.0,), override_gates=None, reason=""), START_S + 10)
-    assert (arm_version(canary, state), arm_version(champion, state)) == (2, 1)
-    assert arm_version(alone, state) == 1
-    state = follow(state, change_release(state, "promote", reason=""), START_S + 20)
-    assert arm_version(alone, state) == 2  # by then it was promoted
-    assert arm_version(msgspec.structs.replace(alone, time_s=START_S + 5), state) == 1
+    state = follow(state, start_release(state, 2, weights=(0.5,), override_gates=None, reason="r"), 4)
+    state = follow(state, set_holdout(state, 1, weight=0.1, override_gates=None, reason="r"), 5)
+    state = follow(state, change_release(state, "promote", reason="r"), 6)
+    state = follow(state, switch_arm(state, "champion", enabled=False, reason="r"), 7)
+    asked = [(3, "champion"), (4, "canary"), (4, "champion"), (5, "holdout"), (6, "champion"), (6, "holdout"), (7, "champion")]
+    decisions = [make_decision("a", plan=plan, arm=arm, version=0, rung="rule", fallback="slow") for plan, arm in asked]
+    assert [arm_version(decision, state) for decision in decisions] == [1, 2, 1, 1, 2, 1, 1]
+    unread = make_decision("b", plan=9, arm="champion", version=0, rung="rule", fallback="slow")
+    assert arm_version(unread, state) == 1  # of the last plan there is
 
 
-def follow(state: RegistryState, body: dict, now: float) -> RegistryState:
-    return apply(state, {"number": 9, "time_s": now, **body})
+def follow(state: RegistryState, body: dict, number: int) -> RegistryState:
+    return apply(state, {"number": number, "time_s": START_S + number, **body})
 
 
 def test_outcomes_outside_of_the_range_are_clipped_and_counted(tmp_path: Path):
@@ -404,3 +408,158 @@ def test_feedback_for_strangers_is_kept_aside(tmp_path: Path):
     world.live(20, monitor)
     feedback = monitor.status(world.clock.now)["feedback"]
     assert (feedback["waiting"], feedback["unknown"]) == (0, 1)
+
+
+# --- holdout, testers, stand-ins, overrides, shadows, switches ---
+
+
+def test_a_holdout_is_no_evidence_for_the_release_although_it_is_the_incumbents_version(tmp_path: Path):
+    """Version 1 is both: of 100 units about 30 are held out, and what they do is theirs alone."""
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.append(lambda s: set_holdout(s, 1, weight=0.3, override_gates=None, reason="test"))
+    world.start_release()
+    world.live(20, monitor)
+    world.clock.advance(3)  # until the last episode has settled
+    monitor.refresh(world.clock.now)
+    status = monitor.status(world.clock.now)
+    rows = {row["arm"]: row for row in status["arms"]}
+    evidence = status["release"]["evidence"]
+    assert (rows["holdout"]["version"], rows["champion"]["version"]) == (1, 1)
+    num_held_out = rows["holdout"]["decisions"] // 20
+    assert 15 < num_held_out < 45 and rows["holdout"]["outcome"]["episodes"] == 2 * num_held_out
+    assert evidence["incumbent"]["decisions"] == rows["champion"]["decisions"]
+    assert evidence["incumbent"]["episodes"] == rows["champion"]["outcome"]["episodes"]
+    assert sum(row["decisions"] for row in rows.values()) == 2000  # the control: nobody else's were left out
+    assert status["holdout"] == {"version": 1, "weight": 0.3, "reason": "test", "since_s": START_S}
+    restarted = world.monitor()
+    restarted.refresh(world.clock.now)
+    assert numbers(restarted, world.clock.now) == numbers(monitor, world.clock.now)
+
+
+def test_a_holdout_that_does_badly_does_not_promote_the_candidate(tmp_path: Path):
+    """The holdout's version 1 earns nothing while it is held out; the champion's version 1 earns as much as the candidate."""
+    world = World(tmp_path, HeldOutEarnsNothing(100, 10, lambda version, rng: 1.0, np.random.default_rng(0)))
+    monitor, manager = world.monitor(), world.manager()
+    world.append(lambda s: set_holdout(s, 1, weight=0.3, override_gates=None, reason="test"))
+    world.start_release()
+    world.live(40, monitor, manager=manager)
+    evidence = monitor.status(world.clock.now)["release"]["evidence"]
+    assert (evidence["incumbent"]["outcome_mean"], evidence["candidate"]["outcome_mean"]) == (10.0, 10.0)
+    rows = {row["arm"]: row for row in monitor.status(world.clock.now)["arms"]}
+    assert rows["holdout"]["outcome"]["mean"] == 0.0
+    world.live(150, monitor, manager=manager)
+    state = world.registry.state()
+    assert [entry.action for entry in state.release.history] == ["start", "advance", "advance", "promote"]
+    assert [(arm.name, arm.version) for arm in state.plan.arms] == [("holdout", 1), ("champion", 2)]
+
+
+class HeldOutEarnsNothing(Population):
+    def _decide(self, unit, now, plan):
+        decision, feedback = super()._decide(unit, now, plan)
+        return decision, msgspec.structs.replace(feedback, reward=0.0) if decision.arm == "holdout" else feedback
+
+
+def test_a_release_with_its_canary_switched_off_goes_on_only_when_it_is_enabled(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor, manager = world.monitor(), world.manager()
+    world.start_release()
+    world.live(30, monitor, manager=manager)
+    world.append(lambda s: switch_arm(s, "canary", enabled=False, reason="an incident"))
+    before = world.registry.state().release
+    world.live(100, monitor, manager=manager)
+    assert world.registry.state().release == before and before.is_open
+    status = monitor.status(world.clock.now)
+    assert "canary switched off" in status["release"]["reason"]
+    assert status["switched_off"] == [{"arm": "canary", "reason": "an incident", "since_s": START_S + 30}]
+    assert [(row["version"], row["arm"]) for row in status["arms"]] == [(1, "champion"), (2, None)]
+    world.append(lambda s: switch_arm(s, "canary", enabled=True, reason="over"))
+    world.live(150, monitor, manager=manager)
+    assert world.registry.state().champion == 2  # the control
+
+
+def test_a_move_that_was_decided_before_the_switch_is_refused(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor, manager = world.monitor(), world.manager()
+    world.start_release()
+    world.live(60, monitor)
+    evidence, append = monitor.release_evidence(), manager._registry.append
+
+    def switch_first(decide, *, now: float):
+        world.append(lambda s: switch_arm(s, "canary", enabled=False, reason="an incident"))
+        return append(decide, now=now)
+
+    manager._registry.append = switch_first
+    assert manager.tick(world.clock.now, evidence).action == "advance"
+    assert (manager.num_refused, world.registry.state().release.step) == (1, 0)
+
+
+def test_decisions_of_testers_are_counted_and_are_nobodys_evidence(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.start_release()
+    tester = {"arm": "canary", "version": 2, "release": 1, "plan": 4, "unit_id": "tester"}
+    for number in range(20):
+        world.decisions[0].append(make_decision(f"plan-{number}", **tester))
+        world.decisions[0].append(make_decision(f"test-{number}", assigned="request", fallback="slow", rung="rule", **tester))
+        world.feedback[0].append(*(Feedback(f"{kind}-{number}", START_S + 1, 1.0, True) for kind in ("plan", "test")))
+    monitor.refresh(START_S + 30)
+    status = monitor.status(START_S + 30)
+    candidate = status["release"]["evidence"]["candidate"]
+    assert (candidate["decisions"], candidate["errors"], candidate["episodes"]) == (20, 0, 20)  # those of the plan: the control
+    rows = {row["version"]: row for row in status["arms"]}
+    assert (rows[2]["decisions"], rows[2]["errors"], rows[2]["outcome"]["episodes"]) == (20, 0, 20)
+    assert status["requested_decisions"] == 20
+    assert (status["feedback"]["joined"], status["feedback"]["unknown"]) == (40, 0)
+
+
+@pytest.mark.parametrize("rung", ["rule", "fixed"])
+def test_an_answer_of_no_version_is_the_error_of_the_arm_that_should_have_answered(tmp_path: Path, rung: str):
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.start_release()
+    stand_in = {"version": 0, "digest": "", "fallback": "version 2 raised", "rung": rung, "release": 1, "plan": 4}
+    world.decisions[0].append(*(make_decision(f"{number}", arm="canary", **stand_in) for number in range(7)))
+    monitor.refresh(START_S + 1)
+    status = monitor.status(START_S + 1)
+    assert status["release"]["evidence"]["candidate"]["errors"] == 7
+    assert status["release"]["evidence"]["incumbent"]["decisions"] == 0
+    assert [row["version"] for row in status["arms"]] == [1, 2]  # and none of a version 0
+
+
+def test_an_overridden_episode_says_nothing_of_its_version(tmp_path: Path):
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    overrides = Segment(world.storage.overrides(POLICY), "overrides")
+    decisions = [make_decision(name, time_s=START_S) for name in "abc"]
+    world.decisions[0].append(*decisions)
+    overrides.append(Override("b", START_S + 0.5, 1, "the nurse knew better", "ward"))
+    world.feedback[0].append(*(Feedback(name, START_S + 1, 1.0, True) for name in "abc"))
+    monitor.refresh(START_S + 2)
+    status = monitor.status(START_S + 2)
+    (row,) = status["arms"]
+    assert (row["decisions"], row["outcome"]["episodes"], row["outcome"]["mixed"]) == (3, 2, 1)
+    assert status["overrides"] == {"overridden": 1, "override_late": 0, "override_unknown": 0}
+
+
+def test_shadows_are_shown_with_what_they_would_have_done(tmp_path: Path):
+    """Of 8 answers 2 failed; of the 6 others 3 agreed; the sent action had probability 0.9 in three, 0.3 in three: mean 0.6."""
+    world = World(tmp_path, population())
+    monitor = world.monitor()
+    world.append(lambda s: set_shadows(s, (2,), override_gates=None, reason="test"))
+    log = Segment(world.storage.shadows(POLICY), "shadows")
+    what = {"time_s": START_S, "version": 2, "digest": "d", "mode": "sample"}
+    for number in range(6):
+        agrees = number < 3
+        said = {"distribution": [0.9, 0.1], "action": int(not agrees), "propensity": 0.5, "agrees": agrees}
+        log.append(Shadow(f"{number}", **what, **said, sent_propensity=0.9 if agrees else 0.3))
+    for number in (6, 7):
+        log.append(Shadow(f"{number}", **what, distribution=None, action=None, propensity=None, failure="raised"))
+    monitor.refresh(START_S + 1)
+    (row,) = monitor.status(START_S + 1)["shadows"]
+    assert row.pop("sent_propensity") == pytest.approx(0.6)
+    assert row == {"version": 2, "is_asked": True, "decisions": 8, "failures": 2, "agreement": 0.5}
+    assert monitor.release_evidence()["release"] is None and monitor.status(START_S + 1)["arms"][0]["decisions"] == 0
+    world.append(lambda s: switch_arm(s, "shadow", enabled=False, reason="test"))
+    monitor.refresh(START_S + 2)
+    assert monitor.status(START_S + 2)["shadows"][0]["is_asked"] is False

@@ -209,3 +209,24 @@ def test_who_loses_races_decides_again_on_what_happened(tmp_path: Path) -> None:
     state = registry.append(decide, now=201.0)
     assert seen == [[], ["rival-2"], ["rival-1", "rival-2"], ["rival-0", "rival-1", "rival-2"]]
     assert state.set_aliases == {"mine": 1, "rival-0": 1, "rival-1": 1, "rival-2": 1}
+
+
+def test_a_journal_of_schema_2_with_arms_adds_up_to_what_it_did(tmp_path: Path) -> None:
+    """1 is held out, 2 and 3 are shadows, 2 is promoted; then champion and holdout are switched off, and 1 answers all."""
+    shutil.copytree(GOLDEN / "journal-v2", tmp_path / "journal")
+    registry = Registry(tmp_path)
+    state = registry.state()
+    assert (state.num_entries, state.champion, state.previous_champion, state.shadows) == (12, 2, 1, (2, 3))
+    assert (state.holdout.version, state.holdout.weight, set(state.switched_off)) == (1, 0.05, {"champion", "holdout"})
+    assert state.plan.to_json() == {
+        "number": 12,
+        "release": 0,
+        "arms": [{"name": "champion", "version": 1, "weight": 1.0}],
+        "shadows": [3],
+        "held_out": 0.05,
+    }
+    with_release = state.plan_numbered(7)
+    assert [(arm.name, arm.version) for arm in with_release.arms] == [("holdout", 1), ("canary", 2), ("champion", 1)]
+    assert [plan.number for plan in state.plans] == list(range(4, 13))
+    _name(registry, "eu")
+    assert Registry(tmp_path).state().set_aliases == {"eu": 1}

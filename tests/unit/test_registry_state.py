@@ -195,6 +195,10 @@ def test_a_version_counts_as_used_until_its_last_release_changed(tmp_path: Path)
         {"kind": "tag", "version": 9, "key": "k", "value": "v"},
         {"kind": "approve", "version": 9, "approver": "ann", "reason": "r"},
         {"kind": "collect", "version": 9},
+        {"kind": "holdout", "version": 9, "weight": 0.1},
+        {"kind": "shadows", "versions": [9]},
+        {"kind": "arm_switch", "arm": "king", "enabled": False},
+        {"kind": "arm_switch", "arm": "champion", "enabled": False},  # there is no previous champion
         {"kind": "alias"},
         {"kind": "surprise"},
     ],

@@ -102,7 +102,7 @@ def test_a_shadow_that_fails_harms_nobody_and_its_failure_is_logged(storage: Sto
     [reply] = ask(storage, replica, {"observation": [0, 0, 0, 0]})
     assert reply.status == 200
     first, second = shadows(storage)
-    assert "RuntimeError('broken')" in str(first.failure) and second.failure == "it gave NaN"
+    assert "RuntimeError('broken')" in str(first.failure) and second.failure == "version 3 gave NaN"
     assert first.action is first.distribution is second.propensity is None
 
 

@@ -1,12 +1,28 @@
 """Is a traffic split sticky, exact in expectation and the same in every process?"""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from policies.traffic import BUCKETS, assign, bucket_of, champion_only, with_canary
+from policies.errors import IntegrityError
+from policies.traffic import (
+    BUCKETS,
+    HOLDOUT_SALT,
+    Arm,
+    TrafficPlan,
+    assign,
+    bucket_of,
+    champion_only,
+    with_canary,
+    with_holdout,
+    without,
+)
 
 UNITS = [f"user-{number}" for number in range(20_000)]
 
@@ -84,3 +100,151 @@ def test_every_process_puts_a_unit_into_the_same_bucket():
 
 def test_python_hash_would_break_stickiness_across_processes():
     assert buckets_in_a_new_process("hash", "1") != buckets_in_a_new_process("hash", "2")
+
+
+# --- what must not change ---
+
+# Made at commit 2903688, before there were holdouts: release, weight, the canary's share of `UNITS` and a digest of all of them.
+GOLDEN_ASSIGNMENTS = [
+    (1, 0.05, 943, "2c7ce458352b559f"),
+    (1, 0.25, 4921, "11fe6dd470d1db8f"),
+    (2, 0.25, 4947, "9f00099a59eaa8d2"),
+    (7, 0.3333, 6636, "a1b87fc174095a16"),
+    (3, 1.0, 20000, "e7dfac8897878bfa"),
+]
+
+
+@pytest.mark.parametrize(("release", "weight", "num_canary", "digest"), GOLDEN_ASSIGNMENTS)
+def test_plans_without_a_holdout_assign_as_they_always_did(release: int, weight: float, num_canary: int, digest: str):
+    letters = "".join("c" if assign(unit, plan(weight, release=release)).name == "canary" else "." for unit in UNITS)
+    assert (letters.count("c"), hashlib.sha256(letters.encode()).hexdigest()[:16]) == (num_canary, digest)
+
+
+def test_one_arm_is_assigned_without_a_hash(monkeypatch: pytest.MonkeyPatch):
+    def refuse(unit_id: str, salt: str) -> int:
+        raise AssertionError("hashed")
+
+    monkeypatch.setattr("policies.traffic.bucket_of", refuse)
+    assert assign("user-1", champion_only(3, 7)).version == 7
+    assert assign("user-1", without(with_holdout(champion_only(3, 7), 1, 0.5), "holdout")).version == 7
+    with pytest.raises(AssertionError, match="hashed"):  # the control: two arms need it
+        assign("user-1", plan(0.5))
+
+
+# --- holdout ---
+
+
+def held_out(share: float, within=None) -> set[str]:
+    split = with_holdout(within or champion_only(5, 2), 1, share)
+    return {unit for unit in UNITS if assign(unit, split).name == "holdout"}
+
+
+def test_who_is_held_out_is_held_out_whatever_is_released():
+    releases = [plan(0.05), plan(1.0), plan(0.25, release=2), with_canary(9, 3, champion=4, candidate=5, weight=0.5)]
+    assert all(held_out(0.1, release) == held_out(0.1) for release in releases)
+
+
+def test_growing_the_holdout_keeps_its_units():
+    steps = [held_out(share) for share in (0.0001, 0.01, 0.05, 0.2, 0.5)]
+    assert all(smaller < larger for smaller, larger in zip(steps, steps[1:]))
+
+
+@pytest.mark.parametrize(("share", "weight"), [(0.05, 0.05), (0.05, 0.25), (0.3, 0.5), (0.5, 1.0), (0.1, 0.0)])
+def test_shares_with_a_holdout_match_weights_within_binomial_error(share: float, weight: float):
+    """The canary's weight is a share of those that are not held out: 25 % of 95 %. Four standard deviations, as above."""
+    split = with_holdout(plan(weight), 3, share)
+    assert sum(arm.weight for arm in split.arms) == pytest.approx(1.0)
+    counts = Counter(assign(unit, split).name for unit in UNITS)
+    expected = {"holdout": share, "canary": (1 - share) * weight, "champion": (1 - share) * (1 - weight)}
+    for arm in split.arms:
+        assert arm.weight == pytest.approx(expected[arm.name])
+        error = (len(UNITS) * arm.weight * (1 - arm.weight)) ** 0.5
+        assert abs(counts[arm.name] - len(UNITS) * arm.weight) <= 4 * error
+
+
+def dependence(salt_of_holdout: str, salt_of_release: str) -> float:
+    """Chi-square of a 2 × 10 table: held out (20 %) or not, by tenth of the release's buckets; 9 degrees of freedom."""
+    table = Counter((bucket_of(u, salt_of_holdout) < 2000, bucket_of(u, salt_of_release) // 1000) for u in UNITS)
+    rows, columns = Counter(), Counter()
+    for (row, column), count in table.items():
+        rows[row] += count
+        columns[column] += count
+    cells = [(r, c, rows[r] * columns[c] / len(UNITS)) for r in rows for c in columns]
+    return sum((table[r, c] - expected) ** 2 / expected for r, c, expected in cells)
+
+
+def test_holdout_and_canary_are_independent():
+    """Above 33.7 has chance 0.0001 for independent buckets; three releases are looked at."""
+    assert all(dependence(HOLDOUT_SALT, plan(0.5, release=release).salt) < 33.7 for release in (1, 2, 3))
+
+
+def test_one_salt_for_both_would_take_the_holdout_out_of_the_canary():
+    """The negative control: then the first tenths would all be held out, and the canary would be another population."""
+    assert dependence("release-1", "release-1") > 10_000
+
+
+def test_a_canary_keeps_its_other_units_when_a_holdout_begins():
+    alone = canary_units(0.25)
+    beside = {unit for unit in UNITS if assign(unit, with_holdout(plan(0.25), 3, 0.2)).name == "canary"}
+    assert beside == alone - held_out(0.2)
+
+
+def test_units_of_an_arm_that_is_switched_off_are_the_champions_and_nobody_elses():
+    split = with_holdout(plan(0.25), 3, 0.2)
+    for name in ("holdout", "canary"):
+        off = without(split, name)
+        assert off.arm(name) is None and sum(arm.weight for arm in off.arms) == pytest.approx(1.0)
+        for unit in UNITS[:2000]:
+            before, after = assign(unit, split), assign(unit, off)
+            assert after.name == ("champion" if before.name == name else before.name)
+    assert without(without(split, "canary"), "holdout").arms == (Arm("champion", 1, 1.0),)
+    assert without(champion_only(1, 1), "canary") == champion_only(1, 1)
+
+
+def test_forgetting_who_was_held_out_would_give_them_to_the_canary():
+    """The negative control: a plan that only drops the arm exposes units that were promised the old version."""
+    split = with_holdout(plan(0.25), 3, 0.2)
+    dropped = plan(0.25)
+    assert any(assign(unit, split).name == "holdout" and assign(unit, dropped).name == "canary" for unit in UNITS)
+
+
+# --- as JSON ---
+
+
+def test_a_plan_comes_back_from_json():
+    halves = with_holdout(plan(0.1), 3, 0.5)
+    plans = [champion_only(3, 7), plan(0.05), halves, without(halves, "holdout")]
+    for made in [*plans, replace(plans[2], shadows=(4, 5))]:
+        assert TrafficPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"number": True}, "True is no integer"),
+        ({"release": -1}, "-1 is no integer"),
+        ({"surprise": 1}, "expected an object with the keys number"),
+        ({"arms": []}, r"arms are \[\]"),
+        ({"arms": {}}, "no list"),
+        ({"arms": [{"name": "champion", "version": 1, "weight": 0.9}]}, "add up to 0.9"),
+        ({"arms": [{"name": "champion", "version": 0, "weight": 1.0}]}, "no integer from 1"),
+        ({"arms": [{"name": "champion", "version": 1, "weight": float("nan")}]}, "no share"),
+        ({"arms": [{"name": "king", "version": 1, "weight": 1.0}]}, "'king' is no arm"),
+        ({"arms": [{"name": "champion", "version": 1}]}, "keys name, version, weight"),
+        ({"arms": [{"name": "champion", "version": v, "weight": 0.5} for v in (1, 2)]}, "each at most once"),
+        ({"arms": [{"name": n, "version": 1, "weight": 0.5} for n in ("champion", "canary")]}, "the champion last"),
+        ({"shadows": ["2"]}, "'2' is no integer"),
+        ({"held_out": 0.6}, "at most 0.5"),
+        ({"arms": [{"name": n, "version": 1, "weight": 0.5} for n in ("holdout", "champion")]}, "expected the holdout's weight"),
+    ],
+)
+def test_what_is_no_plan_is_refused(changes: dict, message: str):
+    with pytest.raises(IntegrityError, match=message):
+        TrafficPlan.from_json(champion_only(3, 7).to_json() | changes)
+    assert TrafficPlan.from_json(champion_only(3, 7).to_json()).number == 3  # the control
+
+
+@pytest.mark.parametrize("value", [None, [], "plan", {}])
+def test_what_is_no_object_is_no_plan(value):
+    with pytest.raises(IntegrityError, match="this is no traffic plan"):
+        TrafficPlan.from_json(value)

@@ -38,7 +38,7 @@ from trimtab.command import (
     say,
 )
 from trimtab.lineage import comparable, differences, lineage
-from trimtab.registry_text import SHORT, describe, lineage_text, moment, numbers_text
+from trimtab.registry_text import SHORT, describe, lineage_text, moment, numbers_text, plan_text, switches_text
 
 TABLE_WIDTH = 160  # of a table that goes into a file or a pipe
 
@@ -281,7 +281,9 @@ def _is_about(entry: dict[str, Any], version: Version, state: RegistryState) -> 
     if entry["kind"] in ("release_start", "release_change"):
         release = state.releases[entry["release"] - 1]
         return version.number in (release.candidate, release.incumbent)
-    return entry["version"] == version.number
+    if entry["kind"] == "shadows":
+        return version.number in entry["versions"]
+    return entry.get("version") == version.number  # of a switch there is none: it is the arm's
 
 
 def _entry_line(entry: dict[str, Any]) -> str:
@@ -293,13 +295,13 @@ def _champion_text(state: RegistryState, why: dict[str, Any] | None) -> str:
     if why is None or state.champion is None or state.plan is None:
         return "there was no champion yet"
     version = state.version(state.champion)
-    shares = ", ".join(f"{arm.name} v{arm.version} {arm.weight:.0%}" for arm in state.plan.arms)
     lines = [
         f"champion was version {version.number} ({version.digest[:SHORT]})",
         f"since {moment(why['time_s'])}, by entry {why['number']} of {why['author']}: {describe(why)}",
         f"because: {why['reason']}",
         *([f"numbers: {numbers_text(why['numbers'])}"] if why.get("numbers") else []),
-        f"traffic: {shares}",
+        f"traffic: {plan_text(state.plan)}",
+        *([switches_text(state.switched_off)] if state.switched_off else []),
     ]
     return "\n".join(lines)
 
