@@ -17,6 +17,7 @@
     └── RequestRefused             an HTTP request we answer with its `status`
         ├── RequestInvalid         400, 413, 422: what was expected is in the message
         ├── Unauthorized           401
+        ├── Forbidden              403
         ├── DecisionUnknown        404
         ├── Overloaded             429
         └── ServiceUnavailable     503
@@ -100,9 +101,15 @@ class RequestInvalid(RequestRefused):
 
 
 class Unauthorized(RequestRefused):
-    """The API key is missing or wrong."""
+    """The API key is missing, or is none that is valid now."""
 
     status = 401
+
+
+class Forbidden(RequestRefused):
+    """The API key is valid, but was not made for this."""
+
+    status = 403
 
 
 class DecisionUnknown(RequestRefused):
@@ -112,9 +119,16 @@ class DecisionUnknown(RequestRefused):
 
 
 class Overloaded(RequestRefused):
-    """The replica's bounded queue is full; the client should come back later."""
+    """The replica's bounded queue is full, or the key's own limit is reached; the client should come back in `retry_after_s`."""
 
     status = 429
+
+    def __init__(self, message: str, retry_after_s: int = 1):
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class ServiceUnavailable(RequestRefused):

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from policies.errors import RequestInvalid, RequestRefused
+from policies.errors import Overloaded, RequestInvalid, RequestRefused, ServiceUnavailable, Unauthorized
 from serve_app.asgi import ClientGone, Receive, Request, Response, Scope, Send
 from serve_app.feedback import FeedbackIntake
 from serve_app.ingress import Ingress
-from serve_app.keys import ApiKey
+from serve_app.keys import KeyRing
 from serve_app.status import StatusView
 from serve_app.telemetry import Counters
 from serve_app.variants import VariantStore
@@ -35,7 +35,7 @@ class HttpApi:
         feedback: FeedbackIntake,
         status: StatusView,
         variants: VariantStore,
-        key: ApiKey,
+        keys: KeyRing,
         counters: Counters,
         files: dict[str, tuple[bytes, bytes]],
         own_endpoint: Callable[[], str | None],
@@ -46,16 +46,16 @@ class HttpApi:
         self._feedback = feedback
         self._status = status
         self._variants = variants
-        self._key = key
+        self._keys = keys
         self.counters = counters
         self._own_endpoint = own_endpoint
         self._start = start
         self._stop = stop
         self._routes: dict[str, tuple[str, Handler]] = {
-            "/v1/decide": ("POST", self._decide),
-            "/v1/feedback": ("POST", self._accept_feedback),
-            "/v1/status": ("GET", self._show_status),
-            "/v1/endpoints": ("GET", self._show_endpoints),
+            "/v1/decide": ("POST", self._in_flight(self._decide)),
+            "/v1/feedback": ("POST", self._in_flight(self._accept_feedback)),
+            "/v1/status": ("GET", self._in_flight(self._show_status)),
+            "/v1/endpoints": ("GET", self._in_flight(self._show_endpoints)),
             "/healthz": ("GET", self._is_alive),
             "/readyz": ("GET", self._is_ready),
         }
@@ -88,6 +88,17 @@ class HttpApi:
             self.counters.count_response(response.status)
         return response
 
+    def check_before_body(self, path: str, authorization: bytes | None) -> None:
+        """Raise `RequestRefused` unless a body may be read from this sender.
+
+        For a front that reads bodies before it asks for the answer. A decision is checked and counted here, for the last time;
+        every other path checks the scope, and counts the request, when it answers.
+        """
+        if path == "/v1/decide":
+            self._ingress.check_key(authorization)
+        else:
+            self._keys.recognise(authorization)
+
     def failure_response(self, error: BaseException, path: str) -> Response:
         """Return how an exception looks on the wire."""
         if isinstance(error, RequestRefused):
@@ -107,13 +118,22 @@ class HttpApi:
     async def _accept_feedback(self, request: Request) -> Response:
         return Response(200, await self._feedback.accept(request))
 
+    def _in_flight(self, handler: Handler) -> Handler:
+        """Count a request against its key's limit of concurrent ones for as long as the handler takes."""
+
+        async def answer(request: Request) -> Response:
+            with self._keys.recognise(request.header(b"authorization")).in_flight():
+                return await handler(request)
+
+        return answer
+
     async def _show_status(self, request: Request) -> Response:
-        self._key.check(request.header(b"authorization"))
+        self._keys.check(request.header(b"authorization"), "read")
         return Response(200, encode(await self._status.read()))
 
     async def _show_endpoints(self, request: Request) -> Response:
         """Say where replicas answer directly: this one, and those that the monitor has heard of within seconds."""
-        self._key.check(request.header(b"authorization"))
+        self._keys.check(request.header(b"authorization"), "decide", "read")
         replicas = (await self._status.read()).get("replicas", [])
         urls = [self._own_endpoint(), *(replica.get("endpoint") for replica in replicas)]
         return Response(200, encode({"endpoints": list(dict.fromkeys(url for url in urls if url))}))
@@ -122,9 +142,17 @@ class HttpApi:
         return Response(200, encode({"status": "alive"}))
 
     async def _is_ready(self, request: Request) -> Response:
-        if self._variants.snapshot is None:
-            return Response(503, encode({"status": "not ready", "reason": self._variants.why_not_ready()}))
-        return Response(200, encode({"status": "ready"}))
+        """Say whether this replica can decide; why it cannot is only for who may read the status."""
+        if self._variants.snapshot is not None and self._keys.is_loaded:
+            return Response(200, encode({"status": "ready"}))
+        reason = {"reason": self._variants.why_not_ready()} if self._may_read(request) else {}
+        return Response(503, encode({"status": "not ready"} | reason))
+
+    def _may_read(self, request: Request) -> bool:
+        try:
+            return "read" in self._keys.recognise(request.header(b"authorization")).scopes
+        except (Unauthorized, ServiceUnavailable):
+            return False
 
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:
@@ -156,7 +184,8 @@ def _page(content_type: bytes, body: bytes) -> Handler:
 def _refusal(refusal: RequestRefused) -> Response:
     headers = []
     if refusal.status in (429, 503):
-        headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+        retry_after_s = refusal.retry_after_s if isinstance(refusal, Overloaded) else RETRY_AFTER_S
+        headers.append((b"retry-after", b"%d" % retry_after_s))
     if refusal.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if refusal.status in (408, 413):  # the rest of the body is not read: the connection cannot be used again

@@ -19,7 +19,7 @@ from serve_app.batcher import Batcher
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
-from serve_app.keys import ApiKey
+from serve_app.keys import ApiKey, KeyRing
 from serve_app.variants import Snapshot, Variant, VariantStore
 from serve_app.wire import DecideAnswer, decide_decoder, encode
 
@@ -55,7 +55,7 @@ class Ingress:
         self,
         policy: str,
         *,
-        key: ApiKey,
+        keys: KeyRing,
         decision_ids: DecisionIds,
         variants: VariantStore,
         log: SegmentWriter,
@@ -63,7 +63,7 @@ class Ingress:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._policy = policy
-        self._key = key
+        self._keys = keys
         self._decision_ids = decision_ids
         self._variants = variants
         self._log = log
@@ -80,9 +80,9 @@ class Ingress:
         body = await request.body(self._max_body_bytes)
         return encode(await self.batcher.submit(self.ask(body, started_s=started_s)))
 
-    def check_key(self, authorization: bytes | None) -> None:
-        """Raise `Unauthorized` unless the Authorization header's value is the key."""
-        self._key.check(authorization)
+    def check_key(self, authorization: bytes | None) -> ApiKey:
+        """Return the key in an Authorization header; raises `RequestRefused` unless it may decide now."""
+        return self._keys.check(authorization, "decide")
 
     def ask(self, body: bytes, *, started_s: float) -> Ask:
         """Return what a body asks for; raises `RequestRefused`."""

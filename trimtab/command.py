@@ -80,7 +80,7 @@ def load_key(context: Context, name: str | None) -> SigningKey | None:
 def connect(context: Context) -> Client:
     """Return a client of the endpoint that serves from the context's storage; raises `NotFound` when none does."""
     session = sessions.require_session(context.storage)
-    return Client(session.url, context.storage.api_key_file.read_text().strip())
+    return Client(session.url, context.storage.api_keys.owner_key())
 
 
 def escape(text: str) -> str:

@@ -1,0 +1,240 @@
+"""Does every route of the endpoint, on both ways to it, open for exactly the keys that were made for it?"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from policies.api_keys import SCOPES
+from policies.errors import Forbidden, RequestRefused, Unauthorized
+from policies.storage import Storage, open_storage
+from serve_app.config import ServingConfig
+from serve_app.replica import PolicyReplica
+from tests.serving_helpers import NAME, Reply, call, publish, random_policy
+
+GOOD = b'{"observation":[0,0,0,0]}'
+OPENED_BY = {
+    "/v1/decide": {"decide"},
+    "/v1/feedback": {"feedback"},
+    "/v1/status": {"read"},
+    "/v1/endpoints": {"decide", "read"},
+}
+OPEN_TO_ALL = {"/healthz", "/readyz", "/dashboard", "/dashboard/"}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    storage = open_storage(tmp_path / "storage")
+    publish(storage, random_policy(1))
+    return storage
+
+
+def new_key(storage: Storage, *scopes: str, name: str = "shop", **limits: float) -> str:
+    return storage.api_keys.create(name, scopes, now=1000.0, **limits)[1]
+
+
+def replica_of(storage: Storage) -> PolicyReplica:
+    return PolicyReplica(NAME, str(storage.root), ServingConfig().model_dump())
+
+
+def send(replica: PolicyReplica, path: str, key: str | None, body: bytes | None = None) -> Reply:
+    method = replica.api._routes[path][0]
+    return asyncio.run(call(replica.api, method, path, _body(method, body), key=key))
+
+
+def _body(method: str, body: bytes | None) -> bytes:
+    return (GOOD if body is None else body) if method == "POST" else b""
+
+
+# --- routes and scopes ---
+
+
+def test_each_route_opens_for_its_scope_and_for_no_other(storage: Storage) -> None:
+    keys = {scope: new_key(storage, scope, name=scope) for scope in SCOPES}
+    replica = replica_of(storage)
+    refused = set()
+    for path, opened_by in OPENED_BY.items():
+        for scope, key in keys.items():
+            reply = send(replica, path, key)
+            if reply.status != 403:
+                assert reply.status in (200, 422), "422: the body is none for feedback, but it was read"
+                continue
+            refused.add((path, scope))
+            assert f"key '{scope}' has the scope {scope}, this needs " in reply.error
+            assert all(needed in reply.error for needed in opened_by)
+    assert refused == {(path, scope) for path, opened_by in OPENED_BY.items() for scope in SCOPES if scope not in opened_by}
+
+
+def test_nothing_but_the_probes_and_the_dashboards_files_opens_without_a_key(storage: Storage) -> None:
+    """Whoever adds a route has to say here for whom it opens."""
+    replica = replica_of(storage)
+    files = {path for path in replica.api._routes if path.startswith("/dashboard/")}
+    assert set(replica.api._routes) == set(OPENED_BY) | OPEN_TO_ALL | files
+    for path in replica.api._routes:
+        for key in (None, "tt-wrong"):
+            assert send(replica, path, key).status == (401 if path in OPENED_BY else 200), path
+
+
+def test_a_key_of_every_scope_opens_everything(storage: Storage) -> None:
+    """The control of the two above: the same requests, with the owner's key."""
+    replica, owner = replica_of(storage), storage.api_keys.owner_key()
+    decision = send(replica, "/v1/decide", owner).json()
+    feedback = json.dumps({"decision_id": decision["decision_id"], "reward": 1}).encode()
+    assert send(replica, "/v1/feedback", owner, feedback).json() == {"accepted": 1}
+    assert send(replica, "/v1/status", owner).json()["champion"] == 1
+    assert send(replica, "/v1/endpoints", owner).json() == {"endpoints": []}
+
+
+def test_why_a_replica_is_not_ready_is_told_only_to_who_may_read(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "empty")
+    may, may_not = new_key(storage, "read", name="watcher"), new_key(storage, "decide")
+    replica = replica_of(storage)
+    for key in (None, "tt-wrong", may_not):
+        reply = send(replica, "/readyz", key)
+        assert (reply.status, reply.json()) == (503, {"status": "not ready"})
+    for key in (may, storage.api_keys.owner_key()):
+        assert "publish" in send(replica, "/readyz", key).json()["reason"]
+
+
+def test_a_replica_that_cannot_read_the_keys_is_not_ready_and_sends_clients_elsewhere(storage: Storage) -> None:
+    owner, good = storage.api_keys.owner_key(), storage.api_keys.path.read_bytes()
+    storage.api_keys.path.write_bytes(b"{")
+    replica = replica_of(storage)
+    assert send(replica, "/readyz", None).status == 503 and send(replica, "/healthz", None).status == 200
+    reply = send(replica, "/v1/decide", owner)
+    assert reply.status == 503 and reply.headers["retry-after"] == "1"
+    storage.api_keys.path.write_bytes(good)
+    replica._keys.refresh()
+    assert send(replica, "/readyz", None).status == 200 and send(replica, "/v1/decide", owner).status == 200
+
+
+# --- changes while it runs ---
+
+
+def test_the_replica_looks_for_changes_of_the_keys_by_itself(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.keys.POLL_INTERVAL_S", 0.01)
+    replica, key = replica_of(storage), new_key(storage, "decide")
+
+    async def run() -> tuple[int, int]:
+        statuses = []
+        follow = asyncio.create_task(replica._keys.follow())
+        async with asyncio.timeout(30):
+            for change in (lambda: None, lambda: storage.api_keys.revoke("shop", now=2000.0)):
+                change()
+                before = replica._keys._seen
+                while replica._keys._seen == before:
+                    await asyncio.sleep(0.01)
+                statuses.append((await call(replica.api, "POST", "/v1/decide", GOOD, key=key)).status)
+        follow.cancel()
+        return tuple(statuses)
+
+    assert asyncio.run(run()) == (200, 401)
+
+
+@pytest.mark.parametrize("overlap_s", [60.0, 0.0])
+def test_no_decision_fails_while_its_key_is_rotated(storage: Storage, overlap_s: float) -> None:
+    """The client decides without a pause, and gets each new key late. An overlap of 0 is the negative control."""
+    keys, statuses = [new_key(storage, "decide")], []
+    replica = replica_of(storage)
+
+    async def decide_all_the_time() -> None:
+        while True:
+            statuses.append((await call(replica.api, "POST", "/v1/decide", GOOD, key=keys[-1])).status)
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        client = asyncio.create_task(decide_all_the_time())
+        for _ in range(5):
+            await asyncio.sleep(0.02)
+            now = replica._keys._clock()
+            _, key = await asyncio.to_thread(storage.api_keys.rotate, "shop", now=now, overlap_s=overlap_s)
+            await asyncio.to_thread(replica._keys.refresh)
+            await asyncio.sleep(0.02)
+            keys.append(key)
+        client.cancel()
+
+    asyncio.run(run())
+    assert len(statuses) > 20 and set(statuses) == ({200} if overlap_s else {200, 401})
+
+
+# --- limits ---
+
+
+def test_a_key_over_its_rate_is_told_when_to_come_back_and_others_are_not_held_up(storage: Storage) -> None:
+    slow, owner = new_key(storage, "decide", requests_per_s=0.001), storage.api_keys.owner_key()
+    replica = replica_of(storage)
+    replies = [send(replica, "/v1/decide", slow) for _ in range(3)]
+    assert [reply.status for reply in replies] == [200, 429, 429]
+    assert 990 < int(replies[1].headers["retry-after"]) <= 1000, "one token per 1,000 s, minus the moments since the first"
+    assert send(replica, "/v1/decide", owner).status == 200
+
+
+@pytest.mark.parametrize(("max_concurrent", "expected"), [(2, [200, 200, 429, 429, 429]), (None, [200] * 5)])
+def test_no_more_than_the_limit_are_answered_at_once(storage: Storage, max_concurrent: int | None, expected: list[int]) -> None:
+    key = new_key(storage, "decide", max_concurrent=max_concurrent)
+    replica = replica_of(storage)
+
+    async def five_at_once() -> list[int]:
+        replies = await asyncio.gather(*[call(replica.api, "POST", "/v1/decide", GOOD, key=key) for _ in range(5)])
+        return sorted(reply.status for reply in replies)
+
+    for _ in range(2):  # every place was given back, also those of requests that were refused
+        assert asyncio.run(five_at_once()) == expected
+
+
+# --- the direct lane ---
+
+
+def over_the_lane(storage: Storage, scenario: Callable[[PolicyReplica, int], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        replica = replica_of(storage)
+        port = await replica._direct.start("127.0.0.1")
+        try:
+            async with asyncio.timeout(30):
+                return await scenario(replica, port)
+        finally:
+            await replica._stop()
+
+    return asyncio.run(run())
+
+
+async def decide_over(port: int, key: str) -> int:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST /v1/decide HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: {len(GOOD)}\r\n\r\n"
+    writer.write(head.encode() + GOOD)
+    status = int((await reader.readuntil(b"\r\n")).split()[1])
+    writer.close()
+    return status
+
+
+def test_the_direct_lane_decides_for_the_same_keys(storage: Storage) -> None:
+    keys = {scope: new_key(storage, scope, name=scope) for scope in SCOPES} | {"none": "tt-wrong"}
+
+    async def scenario(replica: PolicyReplica, port: int) -> dict[str, int]:
+        statuses = {scope: await decide_over(port, key) for scope, key in keys.items()}
+        storage.api_keys.revoke("decide", now=2000.0)
+        replica._keys.refresh()
+        return statuses | {"revoked": await decide_over(port, keys["decide"])}
+
+    statuses = over_the_lane(storage, scenario)
+    assert statuses == dict.fromkeys(SCOPES, 403) | {"decide": 200, "none": 401, "revoked": 401}
+
+
+def test_a_front_that_reads_bodies_first_reads_them_for_a_valid_key_only(storage: Storage) -> None:
+    reporter, decider = new_key(storage, "feedback", name="reporter"), new_key(storage, "decide", requests_per_s=1)
+    api = replica_of(storage).api
+
+    def check(path: str, key: str) -> type[RequestRefused] | None:
+        try:
+            api.check_before_body(path, f"Bearer {key}".encode())
+        except RequestRefused as refusal:
+            return type(refusal)
+        return None
+
+    assert check("/v1/decide", reporter) is Forbidden and check("/v1/feedback", reporter) is None
+    assert check("/v1/feedback", "tt-wrong") is Unauthorized and check("/nowhere", "tt-wrong") is Unauthorized
+    assert [check("/v1/feedback", decider) for _ in range(3)] == [None] * 3, "refused and counted when it is answered"
+    assert check("/v1/decide", decider) is None and check("/v1/decide", decider) is not None
