@@ -332,6 +332,19 @@ def test_processes_that_open_a_new_root_at_once_agree_on_one_key(tmp_path: Path)
     assert {sha256_hex(key.encode()) for key in keys} == {owner.sha256}
 
 
+def test_whoever_comes_second_to_a_new_root_keeps_what_the_first_made(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.api_keys.path.unlink()
+
+    def lock_after_a_faster_process(path: Path, *, timeout_s: float) -> contextlib.AbstractContextManager[None]:
+        monkeypatch.setattr(rules, "exclusive_lock", exclusive_lock)
+        open_storage(storage.root).api_keys.create("shop", ["read"], now=NOW)
+        return exclusive_lock(path, timeout_s=timeout_s)
+
+    monkeypatch.setattr(rules, "exclusive_lock", lock_after_a_faster_process)
+    storage.api_keys.ensure_owner(now=NOW)
+    assert [record.name for record in storage.api_keys.read()] == [OWNER, "shop"]
+
+
 def test_a_lock_that_another_holds_is_waited_for_and_then_named(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with (

@@ -74,7 +74,8 @@ def test_nothing_but_the_whole_key_in_the_right_scheme_is_let_in(storage: Storag
     shop = new_key(storage, ring)
     key = shop.removeprefix(b"Bearer ")
     sha256 = sha256_hex(key).encode()
-    wrong = [None, b"", b"Bearer", b"Bearer ", key, b"Basic " + key, shop + b" ", b"Bearer  " + key, shop[:-1], shop + b"x"]
+    wrong = [None, b"", b"Bearer", b"Bearer ", key, b"Basic " + key, b"Digest " + key]  # of the last, the key is where ours is
+    wrong += [shop + b" ", b"Bearer  " + key, shop[:-1], shop + b"x"]
     wrong += [b"Bearer " + sha256, b"Bearer " + bytes.fromhex(sha256.decode()), b"Bearer K00000000", b"Bearer shop", b"\xff" * 9]
     assert [presented for presented in wrong if is_let_in(ring, presented)] == []
     assert is_let_in(ring, shop) and is_let_in(ring, b"bearer " + key), "the scheme's name may be written in small letters"
