@@ -24,8 +24,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 class HttpApi:
     """The ASGI application. `files` are the dashboard's: path below /dashboard/ to content type and bytes.
 
-    `own_endpoint` returns the URL of this replica's direct lane, if it has one. `start` and `stop` are awaited with the
-    application's own, on the event loop that answers requests.
+    `keys` are also for a front that has to know who asks before it reads a body. `own_endpoint` returns the URL of this replica's
+    direct lane, if it has one. `start` and `stop` are awaited with the application's own, on the loop that answers requests.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class HttpApi:
         self._feedback = feedback
         self._status = status
         self._variants = variants
-        self._keys = keys
+        self.keys = keys
         self.counters = counters
         self._own_endpoint = own_endpoint
         self._start = start
@@ -88,17 +88,6 @@ class HttpApi:
             self.counters.count_response(response.status)
         return response
 
-    def check_before_body(self, path: str, authorization: bytes | None) -> None:
-        """Raise `RequestRefused` unless a body may be read from this sender.
-
-        For a front that reads bodies before it asks for the answer. A decision is checked and counted here, for the last time;
-        every other path checks the scope, and counts the request, when it answers.
-        """
-        if path == "/v1/decide":
-            self._ingress.check_key(authorization)
-        else:
-            self._keys.recognise(authorization)
-
     def failure_response(self, error: BaseException, path: str) -> Response:
         """Return how an exception looks on the wire."""
         if isinstance(error, RequestRefused):
@@ -122,18 +111,18 @@ class HttpApi:
         """Count a request against its key's limit of concurrent ones for as long as the handler takes."""
 
         async def answer(request: Request) -> Response:
-            with self._keys.recognise(request.header(b"authorization")).in_flight():
+            with self.keys.recognise(request.header(b"authorization")).in_flight():
                 return await handler(request)
 
         return answer
 
     async def _show_status(self, request: Request) -> Response:
-        self._keys.check(request.header(b"authorization"), "read")
+        self.keys.check(request.header(b"authorization"), "read")
         return Response(200, encode(await self._status.read()))
 
     async def _show_endpoints(self, request: Request) -> Response:
         """Say where replicas answer directly: this one, and those that the monitor has heard of within seconds."""
-        self._keys.check(request.header(b"authorization"), "decide", "read")
+        self.keys.check(request.header(b"authorization"), "decide", "read")
         replicas = (await self._status.read()).get("replicas", [])
         urls = [self._own_endpoint(), *(replica.get("endpoint") for replica in replicas)]
         return Response(200, encode({"endpoints": list(dict.fromkeys(url for url in urls if url))}))
@@ -143,14 +132,14 @@ class HttpApi:
 
     async def _is_ready(self, request: Request) -> Response:
         """Say whether this replica can decide; why it cannot is only for who may read the status."""
-        if self._variants.snapshot is not None and self._keys.is_loaded:
+        if self._variants.snapshot is not None and self.keys.is_loaded:
             return Response(200, encode({"status": "ready"}))
         reason = {"reason": self._variants.why_not_ready()} if self._may_read(request) else {}
         return Response(503, encode({"status": "not ready"} | reason))
 
     def _may_read(self, request: Request) -> bool:
         try:
-            return "read" in self._keys.recognise(request.header(b"authorization")).scopes
+            return "read" in self.keys.recognise(request.header(b"authorization")).scopes
         except (Unauthorized, ServiceUnavailable):
             return False
 

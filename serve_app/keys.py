@@ -100,9 +100,9 @@ class _Table:
     """The keys of one state of the file. What was recognised goes into the same table, and is forgotten with it."""
 
     by_sha256: dict[bytes, ApiKey]
-    # By the header's value as it came: one lookup instead of a hash. Only valid keys in the one usual spelling get in, so there
-    # are never more than there are keys. Python's hash of bytes is keyed and drawn at random: bytes are compared only when all of
-    # it is equal.
+    # By the header's value as it came: a lookup instead of a SHA-256. Only valid keys in the one usual spelling get in, so there
+    # are never more than there are keys. A guess is compared with a key byte by byte only if all 64 bits of Python's hash agree,
+    # and who can bring that about has no need to guess.
     by_header: dict[bytes | None, ApiKey] = field(default_factory=dict)
 
 
@@ -132,10 +132,17 @@ class KeyRing:
     def check(self, authorization: bytes | None, scope: str, *alternatives: str) -> ApiKey:
         """Return the key in an Authorization header and count a request of it.
 
-        Raises `Unauthorized` unless it is valid now, `Forbidden` unless it has the scope or one of the alternatives, `Overloaded`
-        when it has sent as many requests as it may.
+        Raises `Unauthorized` unless it is valid now, and what `admit` raises.
         """
         key = self.recognise(authorization)
+        self.admit(key, scope, *alternatives)
+        return key
+
+    def admit(self, key: ApiKey, scope: str, *alternatives: str) -> None:
+        """Count a request of a key that was recognised.
+
+        Raises `Forbidden` unless it has the scope or one of the alternatives, `Overloaded` when it has sent as many as it may.
+        """
         if scope not in key.scopes and key.scopes.isdisjoint(alternatives):
             needed = " or ".join((scope, *alternatives))
             raise Forbidden(
@@ -144,7 +151,6 @@ class KeyRing:
             )
         if key.usage.requests_per_s is not None:
             key.usage.take(self._clock())
-        return key
 
     def recognise(self, authorization: bytes | None) -> ApiKey:
         """Return the key in an Authorization header, whatever it may do; raises `Unauthorized` unless it is valid now."""

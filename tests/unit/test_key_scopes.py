@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from policies.api_keys import SCOPES
-from policies.errors import Forbidden, RequestRefused, Unauthorized
 from policies.storage import Storage, open_storage
+from serve_app.app import _owner_key, _readiness
 from serve_app.config import ServingConfig
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, Reply, call, publish, random_policy
@@ -201,9 +201,23 @@ def over_the_lane(storage: Storage, scenario: Callable[[PolicyReplica, int], Awa
     return asyncio.run(run())
 
 
-async def decide_over(port: int, key: str) -> int:
+def test_the_command_line_is_told_why_its_endpoint_does_not_become_ready(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "empty")
+
+    async def scenario(replica: PolicyReplica, port: int) -> list[tuple[int | None, str]]:
+        url = f"http://127.0.0.1:{port}"
+        return [await asyncio.to_thread(_readiness, url, key) for key in (_owner_key(str(storage.root)), None)]
+
+    told, not_told = over_the_lane(storage, scenario)
+    assert told[0] == not_told[0] == 503
+    assert "publish one" in told[1] and "publish" not in not_told[1] and "not ready" in not_told[1]
+    storage.api_key_file.unlink()
+    assert _owner_key(str(storage.root)) is None
+
+
+async def post_over(port: int, key: str, *, path: str = "/v1/decide") -> int:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/decide HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: {len(GOOD)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: {len(GOOD)}\r\n\r\n"
     writer.write(head.encode() + GOOD)
     status = int((await reader.readuntil(b"\r\n")).split()[1])
     writer.close()
@@ -214,27 +228,23 @@ def test_the_direct_lane_decides_for_the_same_keys(storage: Storage) -> None:
     keys = {scope: new_key(storage, scope, name=scope) for scope in SCOPES} | {"none": "tt-wrong"}
 
     async def scenario(replica: PolicyReplica, port: int) -> dict[str, int]:
-        statuses = {scope: await decide_over(port, key) for scope, key in keys.items()}
+        statuses = {scope: await post_over(port, key) for scope, key in keys.items()}
         storage.api_keys.revoke("decide", now=2000.0)
         replica._keys.refresh()
-        return statuses | {"revoked": await decide_over(port, keys["decide"])}
+        return statuses | {"revoked": await post_over(port, keys["decide"])}
 
     statuses = over_the_lane(storage, scenario)
     assert statuses == dict.fromkeys(SCOPES, 403) | {"decide": 200, "none": 401, "revoked": 401}
 
 
-def test_a_front_that_reads_bodies_first_reads_them_for_a_valid_key_only(storage: Storage) -> None:
-    reporter, decider = new_key(storage, "feedback", name="reporter"), new_key(storage, "decide", requests_per_s=1)
-    api = replica_of(storage).api
+NOT_WIRED = "the direct lane asks for `decide` before it reads any body; serve_app/direct.py has to use recognise and admit"
 
-    def check(path: str, key: str) -> type[RequestRefused] | None:
-        try:
-            api.check_before_body(path, f"Bearer {key}".encode())
-        except RequestRefused as refusal:
-            return type(refusal)
-        return None
 
-    assert check("/v1/decide", reporter) is Forbidden and check("/v1/feedback", reporter) is None
-    assert check("/v1/feedback", "tt-wrong") is Unauthorized and check("/nowhere", "tt-wrong") is Unauthorized
-    assert [check("/v1/feedback", decider) for _ in range(3)] == [None] * 3, "refused and counted when it is answered"
-    assert check("/v1/decide", decider) is None and check("/v1/decide", decider) is not None
+@pytest.mark.xfail(strict=True, reason=NOT_WIRED)
+def test_the_direct_lane_takes_feedback_from_a_key_that_may_not_decide(storage: Storage) -> None:
+    reporter = new_key(storage, "feedback", name="reporter")
+
+    async def scenario(replica: PolicyReplica, port: int) -> tuple[int, int]:
+        return await post_over(port, reporter, path="/v1/feedback"), await post_over(port, "tt-wrong", path="/v1/feedback")
+
+    assert over_the_lane(storage, scenario) == (422, 401), "422: the body is none for feedback, but it was read"
