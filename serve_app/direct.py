@@ -15,7 +15,8 @@ import httptools
 from policies.errors import RequestInvalid, RequestRefused
 from serve_app.asgi import JSON, Request, Response
 from serve_app.http_api import HttpApi
-from serve_app.ingress import Ingress, num_rows_of
+from serve_app.ingress import ARM_HEADER, Ingress, num_rows_of
+from serve_app.keys import ApiKey
 from serve_app.wire import encode
 
 MAX_HEADER_BYTES = 32 << 10
@@ -83,6 +84,8 @@ class Received(NamedTuple):
     body: bytes
     keeps_open: bool
     started_s: float
+    key: ApiKey | None
+    arm: bytes | None
 
 
 class KnownHead(NamedTuple):
@@ -155,12 +158,12 @@ class Connection(asyncio.Protocol):
             )
 
     def _receive_known(self, known: KnownHead, data: bytes) -> None:
-        method, path, headers, _, keeps_open, _ = known.received
-        received = Received(method, path, headers, data[len(known.head) :], keeps_open, time.perf_counter())
+        method, path, headers, _, keeps_open, _, _, arm = known.received
         try:
-            self._lane.ingress.check_key(known.authorization)  # it may have been revoked since
+            key = self._lane.api.keys.recognise(known.authorization)  # it may have been revoked since
         except RequestRefused as error:
-            return self._refuse(self._lane.api.failure_response(error, received.path))
+            return self._refuse(self._lane.api.failure_response(error, path))
+        received = Received(method, path, headers, data[len(known.head) :], keeps_open, time.perf_counter(), key, arm)
         if self._is_answering or self._waiting:
             self._waiting.append(received)
             return self._pause_or_resume()
@@ -214,7 +217,7 @@ class Connection(asyncio.Protocol):
         if length > self._lane.max_body_bytes:
             raise _too_large(self._lane.max_body_bytes)
         if length or b"transfer-encoding" in headers or self._parser.get_method() == b"POST":
-            self._lane.ingress.check_key(headers.get(b"authorization"))
+            self._key = self._lane.api.keys.recognise(headers.get(b"authorization"))
         if headers.get(b"expect", b"").lower() == b"100-continue":
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -229,7 +232,8 @@ class Connection(asyncio.Protocol):
         path = _path_of(self._url)
         keeps_open = self._parser.should_keep_alive() and not self._parser.should_upgrade()
         method = self._parser.get_method().decode()
-        self._last = Received(method, path, self._headers, body, keeps_open, time.perf_counter())
+        arm = next((value for name, value in self._headers if name == ARM_HEADER), None)
+        self._last = Received(method, path, self._headers, body, keeps_open, time.perf_counter(), self._key, arm)
         self._num_completed += 1
         self._waiting.append(self._last)
         self._since_s = None
@@ -264,10 +268,18 @@ class Connection(asyncio.Protocol):
 
     def _decide(self, received: Received) -> None:
         """The short way for the one request that matters: no task, no coroutine."""
+        key = received.key
+        assert key is not None, "it was looked for before the body was read"
         try:
-            ask = self._lane.ingress.ask(received.body, started_s=received.started_s)
+            self._lane.api.keys.admit(key, "decide")
+            key.usage.begin()
+        except RequestRefused as error:
+            return self._send_counted(self._lane.api.failure_response(error, received.path), received)
+        try:
+            ask = self._lane.ingress.ask(received.body, key, started_s=received.started_s, arm=received.arm)
             self._lane.ingress.batcher.submit(ask, lambda result: self._decided(result, received), num_rows=num_rows_of(ask))
         except Exception as error:
+            key.usage.end()
             return self._send_counted(self._lane.api.failure_response(error, received.path), received)
 
     def _answered(self, done: "asyncio.Task[Response]", received: Received) -> None:
@@ -278,6 +290,8 @@ class Connection(asyncio.Protocol):
             raise
 
     def _decided(self, result: Any, received: Received) -> None:
+        assert received.key is not None
+        received.key.usage.end()
         try:
             if isinstance(result, Exception):
                 response = self._lane.api.failure_response(result, received.path)
@@ -352,6 +366,7 @@ class Connection(asyncio.Protocol):
 
     def _begin(self) -> None:
         self._url = b""
+        self._key: ApiKey | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
         self._body_size = self._header_size = 0

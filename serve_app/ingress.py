@@ -27,12 +27,14 @@ from serve_app.drafts import (
 )
 from serve_app.features import Encoded, encode_numbers
 from serve_app.features import encode as encode_features
-from serve_app.keys import ApiKey
+from serve_app.keys import ApiKey, require
 from serve_app.recall import Recall
 from serve_app.repair import Repair
 from serve_app.shadowing import Shadowing
 from serve_app.variants import Snapshot, VariantStore
 from serve_app.wire import DecideManyAnswer, encode
+
+ARM_HEADER = b"x-trimtab-arm"  # with a key of scope operate: which arm is to answer, for testers
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,6 @@ class Ingress:
         self,
         policy: str,
         *,
-        key: ApiKey,
         decision_ids: DecisionIds,
         variants: VariantStore,
         log: SegmentWriter,
@@ -65,7 +66,6 @@ class Ingress:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._policy = policy
-        self._key = key
         self.reader = AskReader(decision_ids)
         self._variants = variants
         self._log = log
@@ -76,30 +76,29 @@ class Ingress:
         self._request_modes = config.request_modes
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
-        self._shown: list[
-            tuple[Rows, list[Answer | ServiceUnavailable]]
-        ] = []  # what shadows are asked about when this batch's answers have left
+        # What shadows are asked about when this batch's answers have left.
+        self._shown: list[tuple[Rows, list[Answer | ServiceUnavailable]]] = []
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
             self._answer_batch, max_batch_size=config.max_batch_size, max_queue=config.max_queue
         )
 
-    async def decide(self, request: Request) -> bytes:
+    async def decide(self, request: Request, key: ApiKey) -> bytes:
         """Return the answer's JSON; raises `RequestRefused` for whatever is not answered with an action."""
         started_s = time.perf_counter()
-        self.check_key(request.header(b"authorization"))  # before a byte of the body is read
         body = await request.body(self._max_body_bytes)
-        ask = self.ask(body, started_s=started_s)
+        ask = self.ask(body, key, started_s=started_s, arm=request.header(ARM_HEADER))
         return encode(await self.batcher.answer(ask, num_rows=num_rows_of(ask)))
 
-    def check_key(self, authorization: bytes | None) -> None:
-        """Raise `Unauthorized` unless the Authorization header's value is the key."""
-        self._key.check(authorization)
-
-    def ask(self, body: bytes, *, started_s: float, arm: str | None = None) -> Ask | ManyAsk:
-        """Return what a body asks for; raises `RequestRefused`."""
-        ask = self.reader.read(body, self.snapshot().champion.policy.spaces, started_s, arm)
+    def ask(self, body: bytes, key: ApiKey, *, started_s: float, arm: bytes | None = None) -> Ask | ManyAsk:
+        """Return what a body asks for; raises `RequestRefused`. A tester may name the `arm` that is to answer."""
+        if arm is not None:
+            require(key, "operate")
+        spaces = self.snapshot().champion.policy.spaces
+        ask = self.reader.read(body, spaces, started_s, None if arm is None else arm.decode("latin-1"))
         if ask.mode is not None:
             self.check_mode(ask.mode)
+        if ask.explain:
+            require(key, "read")
         return ask
 
     def check_mode(self, mode: str) -> None:

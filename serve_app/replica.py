@@ -19,7 +19,7 @@ from serve_app.direct import DirectLane
 from serve_app.feedback import FeedbackIntake
 from serve_app.http_api import HttpApi
 from serve_app.ingress import Ingress
-from serve_app.keys import ApiKey
+from serve_app.keys import KeyRing
 from serve_app.open_inference import OpenInference
 from serve_app.overrides import OverrideIntake
 from serve_app.recall import Recall
@@ -38,7 +38,7 @@ class PolicyReplica:
         storage = existing_storage(storage_root)
         self._started_at_s = time.time()
         self.name = f"replica-{int(self._started_at_s)}-{secrets.token_hex(4)}"  # new at each start, see SegmentWriter
-        key, decision_ids = ApiKey.of(storage), DecisionIds.of(storage)
+        self._keys, decision_ids = KeyRing.of(storage), DecisionIds.of(storage)
         self._decisions = SegmentWriter(storage.decisions(policy), "decisions", self.name)
         self._feedback = SegmentWriter(storage.feedback(policy), "feedback", self.name)
         self._overrides = SegmentWriter(storage.overrides(policy), "overrides", self.name)
@@ -52,7 +52,6 @@ class PolicyReplica:
         self._background: list[asyncio.Task[None]] = []
         self._ingress = Ingress(
             policy,
-            key=key,
             decision_ids=decision_ids,
             variants=self._variants,
             log=self._decisions,
@@ -65,10 +64,10 @@ class PolicyReplica:
         self.api = HttpApi(
             policy,
             ingress=self._ingress,
-            feedback=FeedbackIntake(key=key, decision_ids=decision_ids, log=self._feedback, config=settings),
+            feedback=FeedbackIntake(decision_ids=decision_ids, log=self._feedback, config=settings),
             status=StatusView(policy, self._variants, self._monitor.status),
             variants=self._variants,
-            key=key,
+            keys=self._keys,
             counters=self._counters,
             files=read_static_files(),
             overrides=OverrideIntake(decision_ids=decision_ids, log=self._overrides, max_body_bytes=settings.max_body_bytes),
@@ -119,6 +118,7 @@ class PolicyReplica:
             self._endpoint = f"http://{ray.util.get_node_ip_address() if everywhere else self._host}:{port}"
         self._background = [
             asyncio.create_task(self._variants.follow(), name="follow_registry"),
+            asyncio.create_task(self._keys.follow(), name="follow_keys"),
             asyncio.create_task(report_for_ever(self._monitor, self.report), name="report_to_monitor"),
         ]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import requests
 
-from policies.errors import ClusterError, DecisionUnknown, Overloaded, RequestInvalid, RequestRefused, Unauthorized
+from policies.errors import ClusterError, DecisionUnknown, Forbidden, Overloaded, RequestInvalid, RequestRefused, Unauthorized
 
 RETRY_STATUSES = (429, 500, 502, 503, 504)
 CONNECT_TIMEOUT_S = 0.5  # to a replica's own port, which may be behind a firewall: then the endpoint is the way
@@ -49,7 +49,8 @@ class Client:
 
         That is: action, decision_id, policy, version, arm, propensity, fallback. `action_mask` says which choices exist now.
 
-        Raises `RequestInvalid`, `Unauthorized`, `Overloaded` as the endpoint answers, `ClusterError` when nothing answers.
+        Raises `RequestInvalid`, `Unauthorized`, `Forbidden`, `Overloaded` as the endpoint answers, `ClusterError` when nothing
+        answers.
         """
         body = {"observation": observation, "action_mask": action_mask, "unit_id": unit_id, "episode_id": episode_id}
         body = {key: value for key, value in body.items() if value is not None}
@@ -147,7 +148,7 @@ def _answer(response: requests.Response) -> dict[str, Any]:
     if response.ok:
         return response.json()
     message = f"HTTP {response.status_code}: {_message(response)}"
-    kinds: dict[int, type[RequestRefused]] = {401: Unauthorized, 404: DecisionUnknown, 429: Overloaded}
+    kinds: dict[int, type[RequestRefused]] = {401: Unauthorized, 403: Forbidden, 404: DecisionUnknown, 429: Overloaded}
     if response.status_code in kinds:
         raise kinds[response.status_code](message)
     if response.status_code < 500:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import time
 from collections.abc import Iterator
@@ -40,6 +41,10 @@ OverrideOption = Annotated[
 ]
 KeyOption = Annotated[
     str | None, typer.Option("--key", metavar="NAME", help="Sign with this key of the storage root (`trimtab keys new NAME`).")
+]
+ExpiresOption = Annotated[
+    datetime.datetime | None,
+    typer.Option("--expires", formats=["%Y-%m-%d"], help="From this day (UTC) on it does not count."),
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the journal.")]
 
@@ -80,7 +85,12 @@ def load_key(context: Context, name: str | None) -> SigningKey | None:
 def connect(context: Context) -> Client:
     """Return a client of the endpoint that serves from the context's storage; raises `NotFound` when none does."""
     session = sessions.require_session(context.storage)
-    return Client(session.url, context.storage.api_key_file.read_text().strip())
+    return Client(session.url, context.storage.api_keys.owner_key())
+
+
+def start_of_day(day: datetime.datetime | None) -> float | None:
+    """Return when a day of `--expires` begins in UTC, in seconds since 1970."""
+    return None if day is None else day.replace(tzinfo=datetime.UTC).timestamp()
 
 
 def escape(text: str) -> str:

@@ -17,6 +17,7 @@ from policies.storage import Storage, open_storage
 from serve_app import direct
 from serve_app.asgi import Response
 from serve_app.config import ServingConfig
+from serve_app.http_api import Route
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, call, publish, random_policy, read_new
 
@@ -263,7 +264,7 @@ def test_an_answer_that_nobody_reads_does_not_keep_its_connection(storage: Stora
         monkeypatch.setattr(direct, name, 0.1)
 
     async def scenario(replica: PolicyReplica, port: int) -> None:
-        replica.api._routes["/large"] = ("GET", _large)
+        replica.api.routes["/large"] = Route("GET", (), _large)
         unread = socket.create_connection(("127.0.0.1", port))
         unread.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
         deadline = asyncio.get_running_loop().time() + 10
@@ -277,7 +278,7 @@ def test_an_answer_that_nobody_reads_does_not_keep_its_connection(storage: Stora
     run(storage, scenario)
 
 
-async def _large(request: Any) -> Response:
+async def _large(request: Any, key: Any) -> Response:
     return Response(200, bytes(32 << 20))
 
 
