@@ -197,19 +197,7 @@ class Monitor:
                 "waiting": self._joiner.num_waiting,
             },
             "overrides": {name: counts[name] for name in ("overridden", "override_late", "override_unknown")},
-            "replicas": [
-                {
-                    "replica": report.replica,
-                    "plan": report.plan,
-                    "versions": report.versions,
-                    "age_s": now - came_at,
-                    "responses": _string_keys(report.responses),
-                    "queue_depth": report.queue_depth,
-                    "load_failures": _string_keys(report.load_failures),
-                    "endpoint": report.endpoint,
-                }
-                for came_at, report in replicas
-            ],
+            "replicas": [_replica_status(report, now - came_at) for came_at, report in replicas],
             "responses": _string_keys(_sum([self._older_responses, *self._responses.values()])),
             "monitor": {
                 "started_at": self._started_at,
@@ -345,6 +333,11 @@ class Monitor:
             "weight": arm.weight if arm else 0.0,
             **self._traffic_of(account, version).summary(now),
         }
+
+
+def _replica_status(report: ReplicaReport, age_s: float) -> dict[str, Any]:
+    document = msgspec.to_builtins(report, str_keys=True)
+    return {"age_s": age_s, **{name: value for name, value in document.items() if name not in ("time_s", "started_at_s")}}
 
 
 def _sum(totals: list[dict[int, int]]) -> dict[int, int]:

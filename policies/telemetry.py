@@ -34,3 +34,7 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     queue_depth: int
     load_failures: dict[int, str]
     endpoint: str | None = None  # URL of its direct lane, if it has one
+    breakers: dict[int, str] = {}  # versions that it does not ask at the moment, and why
+    registry_error: str | None = None
+    keys_error: str | None = None
+    shadows: dict[str, int] = {}  # decisions that shadows were asked about, left out of, and not logged for

@@ -109,6 +109,10 @@ class PolicyReplica:
             queue_depth=len(self._ingress.batcher),
             load_failures=self._variants.load_failures,
             endpoint=self._endpoint,
+            breakers=self._ingress.decider.open_breakers(),
+            registry_error=self._variants.registry_error,
+            keys_error=self._keys.error,
+            shadows=self._shadowing.counts(),
         )
 
     async def _start(self) -> None:
