@@ -15,7 +15,7 @@
     ├── TrainingFailed             the run ended without reaching what it was asked for
     │   └── EnvironmentFailed      the environment's own code raised, or returned something unusable
     └── RequestRefused             an HTTP request we answer with its `status`
-        ├── RequestInvalid         400, 413, 422: what was expected is in the message
+        ├── RequestInvalid         400, 404, 408, 413, 415, 422, 431: what was expected is in the message
         ├── Unauthorized           401
         ├── Forbidden              403
         ├── DecisionUnknown        404
@@ -92,7 +92,7 @@ class RequestRefused(TrimtabError):
 
 
 class RequestInvalid(RequestRefused):
-    """The body is not what the policy expects; `status` is 400 (not JSON), 413 (too large) or 422 (wrong content)."""
+    """The body is not what the policy expects; `status` is 400 (not JSON), 413 (too large), 422 (wrong content) …"""
 
     def __init__(self, message: str, status: int = 422):
         super().__init__(message, status)

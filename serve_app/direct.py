@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import httptools
 
 from policies.errors import RequestInvalid, RequestRefused
-from serve_app.asgi import JSON, Request, Response
+from serve_app.asgi import JSON, Request, Response, require_plain
 from serve_app.http_api import HttpApi
 from serve_app.ingress import ARM_HEADER, Ingress, num_rows_of
 from serve_app.keys import ApiKey
@@ -216,6 +216,7 @@ class Connection(asyncio.Protocol):
         length = int(headers.get(b"content-length", 0))
         if length > self._lane.max_body_bytes:
             raise _too_large(self._lane.max_body_bytes)
+        require_plain(headers.get(b"content-encoding"))
         if length or b"transfer-encoding" in headers or self._parser.get_method() == b"POST":
             self._key = self._lane.api.keys.recognise(headers.get(b"authorization"))
         if headers.get(b"expect", b"").lower() == b"100-continue":

@@ -220,7 +220,7 @@ def _refusal(refusal: RequestRefused, path: str) -> Response:
         headers.append((b"retry-after", b"%d" % retry_after_s))
     if refusal.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    if refusal.status in (408, 413):  # the rest of the body is not read: the connection cannot be used again
+    if refusal.status in (408, 413, 415):  # the rest of the body is not read: the connection cannot be used again
         headers.append((b"connection", b"close"))
     if path.startswith("/v2"):  # the protocol says how an error looks
         return Response(refusal.status, encode({"error": str(refusal)}), headers=headers)

@@ -1,9 +1,11 @@
 """The direct lane: real sockets and real HTTP clients get the same answers as through Serve, and misuse is bounded."""
 
 import asyncio
+import gzip
 import http.client
 import json
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -305,6 +307,27 @@ def test_a_body_that_grows_over_the_limit_is_refused(storage: Storage) -> None:
     data = head.encode() + b"".join(b"400\r\n" + b"x" * 0x400 + b"\r\n" for _ in range(3))
     ((answer,), closed) = run(storage, lambda replica, port: exchange(port, data, num_answers=1), max_body_bytes=2048)
     assert answer[0] == 413 and closed
+
+
+@pytest.mark.parametrize("path", ["/v1/decide", "/v1/feedback", f"/v2/models/{NAME}/infer"])
+def test_a_compressed_body_is_refused_and_never_unpacked(storage: Storage, path: str) -> None:
+    bomb = gzip.compress(b" " * 50_000_000)  # 50 kB that say 50 MB
+    assert len(bomb) < 100_000
+
+    async def scenario(replica: PolicyReplica, port: int) -> tuple[int, int, int]:
+        request = raw_request(storage, bomb, path=path, extra="content-encoding: gzip\r\n")
+        tracemalloc.start()
+        ((over_the_lane, _, _),), closed = await exchange(port, request, num_answers=1)
+        through_serve = await call(
+            replica.api, "POST", path, bomb, key=key_of(storage), extra_headers=[(b"content-encoding", b"gzip")]
+        )
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert closed
+        return over_the_lane, through_serve.status, peak
+
+    lane, serve, peak = run(storage, scenario)
+    assert (lane, serve) == (415, 415) and peak < 5_000_000
 
 
 def test_old_clients_and_those_that_ask_first_are_served(storage: Storage) -> None:
