@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections import deque
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any
 
 import httptools
 
@@ -17,10 +17,10 @@ from serve_app.asgi import JSON, Request, Response, require_plain
 from serve_app.http_api import HttpApi
 from serve_app.ingress import ARM_HEADER, Ingress, num_rows_of
 from serve_app.keys import ApiKey
+from serve_app.known_heads import KnownHead, Received, has_head, learn_head
 from serve_app.wire import encode
 
 MAX_HEADER_BYTES = 32 << 10
-MAX_KNOWN_HEAD_BYTES = 4 << 10
 MAX_CONNECTIONS = 4096
 MAX_PIPELINED = 64  # requests of one connection that wait for their turn; then it is not read from any more
 REQUEST_TIMEOUT_S = 10.0  # for a request to arrive whole, once its first byte has
@@ -49,13 +49,17 @@ class DirectLane:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: Connection(self, loop), host, port, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
-        self._sweep = loop.call_later(SWEEP_INTERVAL_S, self._close_the_slow, loop)
+        self.start_sweeping()
         return self.port
 
+    def start_sweeping(self) -> None:
+        """Close slow connections from now on, also those that came by another port (`serve_app.front`)."""
+        if self._sweep is None:
+            self._close_the_slow(asyncio.get_running_loop())
+
     async def stop(self) -> None:
-        if self._server is None:
-            return
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         if self._sweep is not None:
             self._sweep.cancel()
         for connection in list(self.connections):
@@ -65,7 +69,7 @@ class DirectLane:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.abort()
-        self._server = self.port = None
+        self._server = self.port = self._sweep = None
 
     def _close_the_slow(self, loop: asyncio.AbstractEventLoop) -> None:
         """One look at all connections each second instead of a timer for each request."""
@@ -73,28 +77,6 @@ class DirectLane:
         for connection in list(self.connections):
             connection.close_if_slow(now_s)
         self._sweep = loop.call_later(SWEEP_INTERVAL_S, self._close_the_slow, loop)
-
-
-class Received(NamedTuple):
-    """A request that arrived whole."""
-
-    method: str
-    path: str
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-    keeps_open: bool
-    started_s: float
-    key: ApiKey | None
-    arm: bytes | None
-
-
-class KnownHead(NamedTuple):
-    """The head of a request for decisions, byte for byte, and what it says; `size` is that of the request with its body."""
-
-    head: bytes
-    size: int
-    received: Received
-    authorization: bytes | None
 
 
 class Connection(asyncio.Protocol):
@@ -137,7 +119,7 @@ class Connection(asyncio.Protocol):
         if self._is_refused:
             return
         known = self._known
-        if known is not None and len(data) == known.size and self._since_s is None and data.startswith(known.head):
+        if known is not None and len(data) == known.size and self._since_s is None and has_head(data, known):
             return self._receive_known(known, data)
         unfinished_since_s, num_completed = self._since_s, self._num_completed
         try:
@@ -171,15 +153,8 @@ class Connection(asyncio.Protocol):
         self._decide(received)
 
     def _learn_head(self, data: bytes) -> None:
-        """Remember the head of a request that came in one piece, if it is an ordinary one for decisions."""
-        last = self._last
-        assert last is not None
-        head = data[: len(data) - len(last.body)]
-        is_plain = last.path == "/v1/decide" and last.method == "POST" and last.keeps_open and last.body
-        if is_plain and len(head) <= MAX_KNOWN_HEAD_BYTES and head.endswith(b"\r\n\r\n") and data.endswith(last.body):
-            headers = dict(reversed(last.headers))
-            if b"content-length" in headers and b"expect" not in headers:
-                self._known = KnownHead(head, len(data), last, headers.get(b"authorization"))
+        assert self._last is not None
+        self._known = learn_head(data, self._last) or self._known
 
     def connection_lost(self, error: Exception | None) -> None:
         self._is_refused = True

@@ -12,6 +12,7 @@ from policies.registry import Registry
 from policies.storage import existing_storage
 from policies.telemetry import ReplicaReport
 from policies.trust import TrustStore
+from serve_app import front
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
@@ -84,7 +85,8 @@ class PolicyReplica:
         self._host = settings.host if settings.direct_lane else None
 
     def __serve_build_asgi_app__(self) -> HttpApi:
-        """Ray Serve asks for the ASGI application by this name."""
+        """Ray Serve asks for the ASGI application by this name, before it starts the server."""
+        front.install(self._direct)
         return self.api
 
     async def check_health(self) -> None:
@@ -120,6 +122,7 @@ class PolicyReplica:
             port = await self._direct.start(self._host)
             everywhere = self._host == "0.0.0.0"
             self._endpoint = f"http://{ray.util.get_node_ip_address() if everywhere else self._host}:{port}"
+        self._direct.start_sweeping()
         self._background = [
             asyncio.create_task(self._variants.follow(), name="follow_registry"),
             asyncio.create_task(self._keys.follow(), name="follow_keys"),
