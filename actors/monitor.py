@@ -20,7 +20,8 @@ from actors.version_traffic import VersionTraffic, series_times
 from policies.confidence import ConfidenceSequence
 from policies.errors import IntegrityError, StorageError
 from policies.joining import Joiner, Outcome
-from policies.records import Decision, Feedback, LogTail
+from policies.log_reader import LogTail
+from policies.records import Decision, Feedback
 from policies.registry import Registry, RegistryState, Release
 from policies.release import ArmEvidence, ReleaseConfig, ReleaseEvidence, alpha_per_sequence, judge
 from policies.storage import existing_storage
@@ -193,6 +194,7 @@ class Monitor:
                     "queue_depth": report.queue_depth,
                     "load_failures": _string_keys(report.load_failures),
                     "endpoint": report.endpoint,
+                    "log": report.log,
                 }
                 for came_at, report in replicas
             ],

@@ -1,5 +1,7 @@
 """What a replica tells the monitor each second, and the names under which the named actors are found."""
 
+from typing import Any
+
 import msgspec
 
 ACTOR_NAMESPACE = "trimtab"
@@ -34,3 +36,4 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     queue_depth: int
     load_failures: dict[int, str]
     endpoint: str | None = None  # URL of its direct lane, if it has one
+    log: dict[str, Any] = {}  # `DecisionLog.status`: whether what it decides is written down

@@ -4,7 +4,7 @@ from typing import Any
 
 from policies.distributions import seed_of
 from policies.errors import NotFound
-from policies.records import find_decision
+from policies.log_reader import find_decision
 from policies.registry import Registry
 from policies.storage import Storage
 

@@ -11,10 +11,11 @@ import pytest
 from policies.distributions import seed_of
 from policies.errors import IntegrityError
 from policies.golden import Golden
+from policies.log_reader import LogTail
 from policies.network import Architecture, Gaussian, tensor_shapes
 from policies.observations import Box
 from policies.policy import Policy
-from policies.records import Decision, LogTail
+from policies.records import Decision
 from policies.registry import Registry
 from policies.spaces import Numbers, Spaces
 from policies.storage import Storage, open_storage
