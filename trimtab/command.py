@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from policies.registry import Registry, locate_registry
 from policies.storage import Storage, open_storage
@@ -21,6 +23,7 @@ from trimtab.loop_file import LoopConfig, load_loop_file, registry_of
 
 DONE, NEGATIVE, UNUSABLE, UNDECIDED, INTERRUPTED = 0, 1, 2, 3, 130
 DEFAULT_LOOP_FILE = Path("examples/cartpole.yaml")
+TABLE_WIDTH = 160  # of a table that goes into a file or a pipe
 
 console = Console(stderr=True)
 
@@ -91,6 +94,13 @@ def escape(text: str) -> str:
 def say(text: str) -> None:
     """Tell a person something on stderr."""
     console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+def rendered(table: Table) -> str:
+    """Return a table as text."""
+    text = io.StringIO()
+    Console(file=text, width=TABLE_WIDTH).print(table)
+    return text.getvalue().rstrip()
 
 
 def output(as_json: bool, document: dict[str, Any], text: str) -> None:
