@@ -93,6 +93,11 @@ class SealedWriter:
             self._write_group()
         self._writer.close()
 
+    def abandon(self) -> None:
+        """Let go of the file after an error, while it is open; what is in it is no segment."""
+        with contextlib.suppress(OSError, ValueError):
+            self._writer.close()
+
     def _write_group(self) -> None:
         import pyarrow
 

@@ -213,7 +213,11 @@ def _write(temporary: Path, contents: _Contents, file: BinaryIO, pause: Callable
                     pause()
             writer.close()
         except (ValueError, OverflowError) as error:  # what JSON can hold and a column cannot: no number of ours
+            writer.abandon()
             raise IntegrityError(f"{temporary} cannot hold what was logged, the segment stays as it is: {error}") from error
+        except OSError:
+            writer.abandon()
+            raise
         target.flush()
         os.fsync(target.fileno())
 

@@ -35,7 +35,7 @@ class SegmentWriter:
         self._descriptor: int | None = None
         self._size_bytes = 0
         self._path = directory
-        self._syncs = False  # somebody takes what is to be flushed
+        self._keeps_unflushed = False
         self._is_unflushed = False  # the open segment has lines that nobody took to flush
         self._unflushed: list[int] = []  # finished segments of which that is true, as descriptors of their own
         self._has_new_name = False
@@ -56,18 +56,21 @@ class SegmentWriter:
         """Close the current segment; a later `append` opens the next one."""
         if self._descriptor is None:
             return
-        if self._syncs and self._is_unflushed:
+        if self._keeps_unflushed and self._is_unflushed:
             self._unflushed.append(os.dup(self._descriptor))
         self._is_unflushed = False
         os.close(self._descriptor)
         self._descriptor = None
 
-    def take_unflushed(self) -> list[int]:
-        """Return descriptors that an fsync of each makes everything durable that was appended since the last call.
+    def keep_unflushed(self) -> None:
+        """From now on keep what is to be flushed of finished segments, for somebody who takes it."""
+        self._keeps_unflushed = True
 
-        They are the caller's to close. The directory's comes last when it has a new name in it: a segment without a name is lost.
+    def take_unflushed(self) -> list[int]:
+        """Return descriptors, the caller's to close: an fsync of each makes durable all that was appended since the last call.
+
+        The directory's comes last when it has a new name in it: a segment without a name is lost.
         """
-        self._syncs = True
         taken, self._unflushed = self._unflushed, []
         if self._descriptor is not None and self._is_unflushed:
             taken.append(os.dup(self._descriptor))

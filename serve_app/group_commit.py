@@ -48,7 +48,7 @@ class GroupCommit:
         self._idle.set()
         self.is_overdue = False  # an fsync has been running for longer than the limit, and still is
         self._jobs: queue.SimpleQueue[tuple[asyncio.AbstractEventLoop, list[int]] | None] = queue.SimpleQueue()
-        _close(writer.take_unflushed())  # from here on the writer keeps what is to be flushed
+        writer.keep_unflushed()
         # A daemon, not a pool: the interpreter would wait at its end for a thread that hangs in a dead disk.
         threading.Thread(target=self._work, name="group_commit", daemon=True).start()
 
