@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from policies.errors import TrimtabError
-from policies.sealing import SEAL_AFTER_S, finished_segments, seal
+from policies.sealing import SEAL_AFTER_S, finished_segments, remove_leftovers, seal
 
 SEAL_INTERVAL_S = 30.0
 PAUSE_S = 0.002  # after each piece of work of about as long, in which the monitor's own thread gets its turn
@@ -34,6 +34,7 @@ class LogSealer:
     def work(self, now: float, *, min_age_s: float = SEAL_AFTER_S) -> int:
         """Seal what is finished and was read; return how many segments that were."""
         num_sealed = 0
+        remove_leftovers(self._directory, now=now, min_age_s=min_age_s)
         for path in finished_segments(self._directory, now=now, min_age_s=min_age_s):
             if path not in self._failed and self._may_seal(path):
                 num_sealed += self._seal(path)

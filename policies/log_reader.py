@@ -32,9 +32,9 @@ def segments(directory: Path) -> dict[str, Path]:
     """
     if not directory.is_dir():
         return {}
-    found = {path.stem: path for path in sorted(directory.glob("*.jsonl")) if not path.name.startswith(".")}
-    sealed = {path.stem: path for path in sorted(directory.glob(f"*{SEALED_SUFFIX}")) if not path.name.startswith(".")}
-    return found | sealed
+    found = {path.stem: path for path in directory.glob("*.jsonl") if not path.name.startswith(".")}
+    sealed = {path.stem: path for path in directory.glob(f"*{SEALED_SUFFIX}") if not path.name.startswith(".")}
+    return dict(sorted((found | sealed).items()))
 
 
 def decode_line(line: bytes, decoder: msgspec.json.Decoder) -> list:

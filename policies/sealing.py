@@ -38,11 +38,24 @@ _decoder = msgspec.json.Decoder(Decision)
 
 def finished_segments(directory: Path, *, now: float, min_age_s: float = SEAL_AFTER_S) -> list[Path]:
     """Return the segments that nobody wrote to for this long, oldest first; `seal` finds out whether they are finished."""
+    return [path for path in _resting(directory, now, min_age_s) if not path.name.startswith(".")]
+
+
+def remove_leftovers(directory: Path, *, now: float, min_age_s: float = SEAL_AFTER_S) -> None:
+    """Remove segments that never got their name: their writer was killed before it could write a decision."""
+    for path in _resting(directory, now, min_age_s):
+        if path.name.startswith(".tmp-"):
+            with _locked(path) as file:
+                if file is not None:
+                    path.unlink()
+
+
+def _resting(directory: Path, now: float, min_age_s: float) -> list[Path]:
     found = []
     for path in directory.glob("*.jsonl") if directory.is_dir() else []:
         with contextlib.suppress(FileNotFoundError):  # sealed by somebody else in this moment
             modified_s = path.stat().st_mtime
-            if not path.name.startswith(".") and now - modified_s >= min_age_s:
+            if now - modified_s >= min_age_s:
                 found.append((modified_s, path))
     return [path for _, path in sorted(found)]
 

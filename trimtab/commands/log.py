@@ -17,7 +17,7 @@ from policies.log_range import decisions_between
 from policies.log_reader import segments
 from policies.records import Decision
 from policies.sealed_segments import SUFFIX, SealedFile
-from policies.sealing import SEAL_AFTER_S, examine, finished_segments
+from policies.sealing import SEAL_AFTER_S, examine, finished_segments, remove_leftovers
 from policies.sealing import seal as seal_segment
 from trimtab.command import (
     DEFAULT_LOOP_FILE,
@@ -60,7 +60,9 @@ def seal(
     """Seal finished segments to Parquet now; the monitor does it by itself. Exit code 1 if one cannot be sealed."""
     sealed: list[dict[str, Any]] = []
     errors: list[str] = []
-    for path in finished_segments(_directory(loop_file, storage), now=time.time(), min_age_s=after):
+    directory, now = _directory(loop_file, storage), time.time()
+    remove_leftovers(directory, now=now, min_age_s=after)
+    for path in finished_segments(directory, now=now, min_age_s=after):
         try:
             info = seal_segment(path)
         except TrimtabError as error:
