@@ -23,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 import msgspec
 
 from policies.errors import IntegrityError, StorageError
-from policies.integrity import fsync_directory, sha256_file
+from policies.integrity import fsync_directory
 from policies.log_reader import MAX_LINE_BYTES, check_header, decode_line
 from policies.records import SCHEMA_VERSION, Decision
 from policies.sealed_segments import SUFFIX, SealedFile, SealedInfo, SealedWriter
@@ -97,12 +97,11 @@ def _is_still(path: Path, file: BinaryIO) -> bool:
 
 
 def _seal_locked(path: Path, file: BinaryIO, pause: Callable[[], None]) -> SealedInfo:
-    sealed = path.with_suffix(SUFFIX)
+    sealed, contents = path.with_suffix(SUFFIX), _scan(path, file, pause)
     if sealed.exists():  # its sealer was killed before it could remove the lines
-        info = _require_same(path, sealed)
+        _require_same(sealed, contents, path.name)
+        _verify(sealed, contents, file, pause)
     else:
-        contents = _scan(path, file, pause)
-        info = contents.info
         temporary = sealed.with_name(f".tmp-{sealed.name}")  # one that a killed sealer left is written over
         try:
             _write(temporary, contents, file, pause)
@@ -114,17 +113,15 @@ def _seal_locked(path: Path, file: BinaryIO, pause: Callable[[], None]) -> Seale
     fsync_directory(path.parent)
     os.unlink(path)
     fsync_directory(path.parent)
-    return info
+    return contents.info
 
 
-def _require_same(path: Path, sealed: Path) -> SealedInfo:
-    info = SealedFile(sealed).info
-    if info.jsonl_sha256 != sha256_file(path):
+def _require_same(sealed: Path, contents: "_Contents", name: str) -> None:
+    if SealedFile(sealed).info.jsonl_sha256 != contents.info.jsonl_sha256:
         raise IntegrityError(
-            f"{sealed} was not made of {path.name} as it is now: somebody wrote to that afterwards, or it is another log's file; "
+            f"{sealed} was not made of {name} as it is now: somebody wrote to that afterwards, or it is another log's file; "
             "readers use the sealed one, and both stay until a person has looked"
         )
-    return info
 
 
 def examine(path: Path) -> tuple[SealedInfo, bool]:
@@ -235,15 +232,13 @@ def _write(temporary: Path, contents: _Contents, file: BinaryIO, pause: Callable
         os.fsync(target.fileno())
 
 
-def _verify(temporary: Path, contents: _Contents, file: BinaryIO, pause: Callable[[], None]) -> None:
-    """Raise `IntegrityError` unless the file holds what the lines hold, number by number."""
-    sealed, expected = SealedFile(temporary), _rows(contents, file, temporary)
-    num_rows = 0
+def _verify(path: Path, contents: _Contents, file: BinaryIO, pause: Callable[[], None]) -> None:
+    """Raise `IntegrityError` unless the sealed file holds what the lines hold, number by number."""
+    sealed, expected = SealedFile(path), _rows(contents, file, path)
     for index in range(sealed.num_groups):
         for found in sealed.read_rows(index):
             if found != next(expected, None):
-                raise IntegrityError(f"row {found[0]} of {temporary} is not what was logged; the segment stays as it is")
-            num_rows += 1
+                raise IntegrityError(f"row {found[0]} of {path} is not what was logged; the lines stay as they are")
         pause()
-    if (sealed.info, num_rows) != (contents.info, contents.info.num_rows):
-        raise IntegrityError(f"{temporary} does not hold what was logged; the segment stays as it is")
+    if next(expected, None) is not None:
+        raise IntegrityError(f"{path} has not all that was logged; the lines stay as they are")

@@ -1,7 +1,7 @@
 """Writes and seals logs in processes of its own, to be killed.
 
-    python -m tests.chaos.log_processes write DIR NUM_LIVES SEED     lives of a writer, each ended by kill -9 at a random moment
-    python -m tests.chaos.log_processes seal PATH [--careless]       seal one segment between two markers
+    python -m tests.chaos.log_processes write DIR NUM_LIVES SEED [--hasty]   lives of a writer, each ended by kill -9 at random
+    python -m tests.chaos.log_processes seal PATH [--careless]               seal one segment between two markers
 
 `write` prints a JSON document per life: the ids that it acknowledged on its pipe.
 """
@@ -26,33 +26,39 @@ SEGMENT_BYTES = 60_000
 MARKERS = ("/sealing-begins", "/sealing-ends")
 
 
-def write_for_ever(directory: Path, life: int, pipe: int) -> None:
-    """Append batches, and acknowledge each with a line on the pipe, as a replica does with its answers."""
+def write_for_ever(directory: Path, life: int, pipe: int, *, is_hasty: bool) -> None:
+    """Append batches, and acknowledge each with a line on the pipe, as a replica does with its answers.
+
+    A hasty writer acknowledges before it writes.
+    """
     writer = SegmentWriter(directory, "decisions", f"life-{life:04d}", segment_bytes=SEGMENT_BYTES)
     rng, number = random.Random(life), 0
     while True:
         names = [f"{life}-{number + row}" for row in range(rng.randrange(1, 40))]
+        if is_hasty:
+            os.write(pipe, json.dumps(names).encode() + b"\n")
         if rng.random() < 0.5:  # large enough for a kill to come between
             lines = encode_lines(*(make_decision(name, observation=[0.5] * 200) for name in names))
         else:
             lines = encode_lines(make_batch(f"{life}-{number}", num_rows=len(names), decision_ids=names))
         writer.append(lines)
-        os.write(pipe, json.dumps(names).encode() + b"\n")
+        if not is_hasty:
+            os.write(pipe, json.dumps(names).encode() + b"\n")
         number += len(names)
 
 
-def run_lives(directory: Path, num_lives: int, seed: int) -> None:
+def run_lives(directory: Path, num_lives: int, seed: int, *, is_hasty: bool) -> None:
     rng = random.Random(seed)
     for life in range(num_lives):
-        print(json.dumps(_live(directory, life, rng.random() * LONGEST_LIFE_S)), flush=True)
+        print(json.dumps(_live(directory, life, rng.random() * LONGEST_LIFE_S, is_hasty)), flush=True)
 
 
-def _live(directory: Path, life: int, duration_s: float) -> list[str]:
+def _live(directory: Path, life: int, duration_s: float, is_hasty: bool) -> list[str]:
     ours, theirs = os.pipe()
     child = os.fork()  # this process has one thread and has imported everything: a life begins at once
     if child == 0:
         os.close(ours)
-        write_for_ever(directory, life, theirs)
+        write_for_ever(directory, life, theirs, is_hasty=is_hasty)
     os.close(theirs)
     os.set_blocking(ours, False)
     deadline, data = time.monotonic() + duration_s, b""
@@ -98,7 +104,7 @@ def warm_up() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "write":
-        run_lives(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+        run_lives(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), is_hasty="--hasty" in sys.argv)
     else:
         warm_up()
         os.access(MARKERS[0], os.F_OK)

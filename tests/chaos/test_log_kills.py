@@ -36,9 +36,13 @@ NUM_LIVES = 200
 def lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
     """A log that 200 killed writers left, and what each of them had acknowledged."""
     directory = tmp_path_factory.mktemp("lives") / "decisions"
-    command = [sys.executable, "-m", "tests.chaos.log_processes", "write", str(directory), str(NUM_LIVES), "0"]
+    return directory, live(directory, NUM_LIVES)
+
+
+def live(directory: Path, num_lives: int, *options: str) -> list[list[str]]:
+    command = [sys.executable, "-m", "tests.chaos.log_processes", "write", str(directory), str(num_lives), "0", *options]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=True)
-    return directory, [json.loads(line) for line in result.stdout.splitlines()]
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def copy_of(directory: Path, target: Path) -> Path:
@@ -63,6 +67,12 @@ def test_every_decision_that_a_killed_writer_acknowledged_is_in_the_log_once_bef
     # At most the one batch between its write and its acknowledgement: fewer than 40 decisions of each life.
     assert len(found) - len(acknowledged) < 40 * NUM_LIVES
     assert find_decision(directory, acknowledged[-1]) is not None
+
+
+def test_a_writer_that_acknowledges_before_it_writes_would_lose_decisions(tmp_path: Path) -> None:
+    """Negative control."""
+    acknowledged = {name for names in live(tmp_path, 40, "--hasty") for name in names}
+    assert acknowledged - {decision.decision_id for decision in read_log(tmp_path)}
 
 
 def test_a_cut_anywhere_in_the_last_line_of_a_killed_writer_costs_only_that_line(

@@ -1,15 +1,18 @@
 """Is a sealed segment the same log as its lines: every decision once, nothing else, whoever had read how much of it?"""
 
+import base64
+import errno
 import os
 import random
 import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pyarrow.parquet
 import pytest
 
-from policies.errors import IntegrityError
+from policies.errors import IntegrityError, StorageError
 from policies.log_range import decisions_between
 from policies.log_reader import LogTail, find_decision
 from policies.records import Decision
@@ -180,6 +183,30 @@ def test_what_was_written_wrongly_is_found_before_the_lines_are_removed(tmp_path
     assert names(tmp_path) == [path.name]
 
 
+def test_a_number_that_json_text_cannot_hold_is_not_sealed_to_null(tmp_path: Path) -> None:
+    """No request has one, but a binary batch could; JSON has no NaN, and an encoder that writes null would lose it."""
+    numbers = base64.b64encode(np.array([[0.5, np.nan]], "<f4").tobytes()).decode()
+    path = write_lines(tmp_path, encode_lines(make_batch("b", num_rows=1, observations=numbers)))
+    with pytest.raises(IntegrityError, match=r"row 0 of .* is not what was logged"):
+        seal(path)
+    assert names(tmp_path) == [path.name]
+
+
+def test_where_files_cannot_be_locked_logs_are_written_and_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    writer = SegmentWriter(tmp_path, "decisions", "w")
+    writer.append(encode_lines(make_decision("a")))
+    writer.close()
+    with pytest.raises(StorageError, match="cannot be locked: No locks available"):
+        seal(tmp_path / "w-000001.jsonl")
+    assert [row.decision_id for row in read_log(tmp_path)] == ["a"]
+
+
 def test_only_segments_that_rest_are_proposed_the_oldest_first(tmp_path: Path) -> None:
     paths = [write_lines(tmp_path, b"", name) for name in ("b", "a", "new")]
     now = time.time()
@@ -213,6 +240,18 @@ def test_lines_that_are_not_those_of_the_sealed_file_are_not_removed(tmp_path: P
     path = both_forms(tmp_path, encode_lines(make_decision("a")))
     path.write_bytes(path.read_bytes() + encode_lines(make_decision("more")))
     with pytest.raises(IntegrityError, match="was not made of"):
+        seal(path)
+    assert path.exists()
+
+
+def test_lines_are_not_removed_when_the_sealed_file_beside_them_is_damaged(tmp_path: Path) -> None:
+    path = both_forms(tmp_path, encode_lines(*(make_decision(f"d{number}") for number in range(30))))
+    sealed = path.with_suffix(".parquet")
+    column = pyarrow.parquet.ParquetFile(sealed).metadata.row_group(0).column(1)
+    data = bytearray(sealed.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    sealed.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"w-000001\.parquet is damaged"):
         seal(path)
     assert path.exists()
 

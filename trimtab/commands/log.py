@@ -113,8 +113,9 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"segment": path.stem, "state": state, "num_bytes": path.stat().st_size, **msgspec.structs.asdict(info)}
     except FileNotFoundError:  # sealed since it was listed
         return _describe(path.with_suffix(SUFFIX))
-    except TrimtabError as error:
-        return {"segment": path.stem, "state": "damaged", "num_bytes": path.stat().st_size, "error": str(error)}
+    except TrimtabError as error:  # a `StorageError`: whether somebody holds it cannot be known here
+        state = "damaged" if isinstance(error, IntegrityError) else "unknown"
+        return {"segment": path.stem, "state": state, "num_bytes": path.stat().st_size, "error": str(error)}
 
 
 def _decision_table(decisions: list[Decision]) -> str:
