@@ -1,5 +1,7 @@
 """What a replica tells the monitor each second, and the names under which the named actors are found."""
 
+from typing import Any
+
 import msgspec
 
 ACTOR_NAMESPACE = "trimtab"
@@ -38,3 +40,4 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     registry_error: str | None = None
     keys_error: str | None = None
     shadows: dict[str, int] = {}  # decisions that shadows were asked about, left out of, and not logged for
+    log: dict[str, Any] = {}  # `DecisionLog.status`: whether what it decides is written down

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable
+from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable, TrimtabError
 from policies.records import Decision
 from serve_app.asgi import Request
 from serve_app.asks import Ask, AskReader, ManyAsk
@@ -14,7 +14,6 @@ from serve_app.batcher import Batcher, Deliver
 from serve_app.config import ServingConfig
 from serve_app.deciding import Answer, Decider, Rows
 from serve_app.decision_ids import DecisionIds
-from serve_app.decision_log import SegmentWriter
 from serve_app.drafts import (
     Moment,
     answer_of,
@@ -25,6 +24,7 @@ from serve_app.drafts import (
     row_told_again,
     told_again,
 )
+from serve_app.durable_log import DecisionLog, Place
 from serve_app.features import Encoded, encode_numbers
 from serve_app.features import encode as encode_features
 from serve_app.keys import ApiKey, require
@@ -59,7 +59,7 @@ class Ingress:
         *,
         decision_ids: DecisionIds,
         variants: VariantStore,
-        log: SegmentWriter,
+        log: DecisionLog,
         recall: Recall,
         shadowing: Shadowing,
         config: ServingConfig,
@@ -137,14 +137,8 @@ class Ingress:
             if index not in drafts:
                 drafts[index] = self._decide_many(ask, snapshot)
         ordered = [drafts[index] for index in range(len(asks))]
-        try:
-            self._write_down(ordered)
-        except ServiceUnavailable as error:
-            self._shown = []
-            ordered = [Draft(error) if draft.line else draft for draft in ordered]
-        _let_go(ordered, delivers)
-        for rows, answers in self._shown:
-            self._offer_to_shadows(rows, answers, snapshot)
+        num_decisions = sum([num_rows_of(ask) for ask, draft in zip(asks, ordered) if draft.line])
+        self._write_down(ordered, delivers, num_decisions, snapshot)
 
     def _decide_singles(self, asks: list[Ask], snapshot: Snapshot) -> list[Draft]:
         """Return a draft for each of the requests for one decision, which are decided together."""
@@ -289,17 +283,26 @@ class Ingress:
         ]
         return DecideManyAnswer(self._policy, rows)
 
-    def _write_down(self, drafts: list[Draft]) -> None:
-        """Append the batch to the log with one write; raises `ServiceUnavailable`: what is not logged is not answered."""
+    def _write_down(self, drafts: list[Draft], delivers: list[Deliver], num_decisions: int, snapshot: Snapshot) -> None:
+        """Have the batch logged with one write, and let the answers go once it is: what is not logged is not answered.
+
+        What became of the log may be known at once or, where it is flushed to the disk, a little later.
+        """
+        shown, self._shown = self._shown, []
         lines = b"".join([draft.line for draft in drafts])
         if not lines:
-            return
-        try:
-            path, offset = self._log.append(lines)
-        except OSError as error:
-            logger.error("event=decisions_not_logged num_bytes=%d error=%r", len(lines), str(error))
-            raise ServiceUnavailable(f"the decision log cannot be written: {error}") from error
-        self._remember(drafts, path, offset)
+            return _let_go(drafts, delivers)
+
+        def logged(error: TrimtabError | None, place: Place | None) -> None:
+            if error is not None:
+                return _let_go([Draft(error) if draft.line else draft for draft in drafts], delivers)
+            if place is not None:
+                self._remember(drafts, *place)
+            _let_go(drafts, delivers)
+            for rows, answers in shown:
+                self._offer_to_shadows(rows, answers, snapshot)
+
+        self._log.append(lines, num_decisions, logged)
 
     def _remember(self, drafts: list[Draft], path: Path, offset: int) -> None:
         for draft in drafts:

@@ -17,7 +17,9 @@ from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
 from serve_app.direct import DirectLane
+from serve_app.durable_log import DecisionLog
 from serve_app.feedback import FeedbackIntake
+from serve_app.group_commit import GroupCommit
 from serve_app.http_api import HttpApi
 from serve_app.ingress import Ingress
 from serve_app.keys import KeyRing
@@ -40,7 +42,7 @@ class PolicyReplica:
         self._started_at_s = time.time()
         self.name = f"replica-{int(self._started_at_s)}-{secrets.token_hex(4)}"  # new at each start, see SegmentWriter
         self._keys, decision_ids = KeyRing.of(storage), DecisionIds.of(storage)
-        self._decisions = SegmentWriter(storage.decisions(policy), "decisions", self.name)
+        self._decisions = _decision_log(SegmentWriter(storage.decisions(policy), "decisions", self.name), settings)
         self._feedback = SegmentWriter(storage.feedback(policy), "feedback", self.name)
         self._overrides = SegmentWriter(storage.overrides(policy), "overrides", self.name)
         self._shadows = SegmentWriter(storage.shadows(policy), "shadows", self.name)
@@ -115,6 +117,7 @@ class PolicyReplica:
             registry_error=self._variants.registry_error,
             keys_error=self._keys.error,
             shadows=self._shadowing.counts(),
+            log=self._decisions.status(),
         )
 
     async def _start(self) -> None:
@@ -126,8 +129,15 @@ class PolicyReplica:
         self._background = [
             asyncio.create_task(self._variants.follow(), name="follow_registry"),
             asyncio.create_task(self._keys.follow(), name="follow_keys"),
+            asyncio.create_task(self._retry_log(), name="retry_log"),
             asyncio.create_task(report_for_ever(self._monitor, self.report), name="report_to_monitor"),
         ]
+
+    async def _retry_log(self) -> None:
+        """Write down what a failing disk did not take, as soon as it does, also while nobody asks for anything."""
+        while True:
+            await asyncio.sleep(1.0)
+            self._decisions.retry()
 
     async def _stop(self) -> None:
         await self._direct.stop()
@@ -136,7 +146,12 @@ class PolicyReplica:
             task.cancel()
         self._background = []
         self._recall.close()
-        self._decisions.close()
+        await self._decisions.close()
         self._feedback.close()
         self._overrides.close()
         self._shadows.close()
+
+
+def _decision_log(writer: SegmentWriter, settings: ServingConfig) -> DecisionLog:
+    commit = GroupCommit(writer, timeout_s=settings.log_timeout_s) if settings.durability == "fsync" else None
+    return DecisionLog(writer, on_failure=settings.on_log_failure, timeout_s=settings.log_timeout_s, commit=commit)

@@ -12,9 +12,9 @@ import numpy as np
 from policies.bundle import write_bundle
 from policies.distributions import Mode
 from policies.golden import Golden
+from policies.log_reader import LogTail
 from policies.network import Architecture, tensor_shapes
 from policies.policy import Policy
-from policies.records import LogTail
 from policies.registry import Registry, register_version, set_champion, start_release
 from policies.storage import Storage
 from policies.traffic import TrafficPlan

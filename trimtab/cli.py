@@ -13,12 +13,13 @@ import typer
 from policies.errors import GateRefused, ReleaseRefused, SignatureRefused, TrainingFailed, TrimtabError
 from trimtab.cluster import prepare_environment, terminate_as_interrupt
 from trimtab.command import DONE, INTERRUPTED, NEGATIVE, UNUSABLE, console, escape
-from trimtab.commands import apikey, arms, curves, exports, offline, online, registry, release, tuning, whole_loop
+from trimtab.commands import apikey, arms, curves, exports, log, offline, online, registry, release, tuning, whole_loop
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 release_app = typer.Typer(no_args_is_help=True, help="Deliver a version to traffic step by step, and take it back.")
 arms_app = typer.Typer(no_args_is_help=True, help="Switch arms off and on, hold units out, let versions answer in shadow.")
 registry_app = typer.Typer(no_args_is_help=True, help="See, name, approve, verify and tidy the versions of a policy.")
+log_app = typer.Typer(no_args_is_help=True, help="See and seal the decision log.")
 keys_app = typer.Typer(
     no_args_is_help=True, help="Make keys to sign versions with, and say whose signatures count; for clients see `apikey`."
 )
@@ -61,6 +62,10 @@ for command in (registry.show, registry.history, registry.diff, registry.verify,
     registry_app.command()(command)
 for command in (registry.alias, registry.tag, registry.approve):
     registry_app.command()(command)
+app.add_typer(log_app, name="log")
+log_app.command("list")(log.list_segments)
+for command in (log.seal, log.show):
+    log_app.command()(command)
 app.command("lineage")(registry.show_lineage)
 
 

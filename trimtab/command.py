@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from policies.registry import Registry, locate_registry
 from policies.storage import Storage, open_storage
@@ -22,6 +24,7 @@ from trimtab.loop_file import LoopConfig, load_loop_file, registry_of
 
 DONE, NEGATIVE, UNUSABLE, UNDECIDED, INTERRUPTED = 0, 1, 2, 3, 130
 DEFAULT_LOOP_FILE = Path("examples/cartpole.yaml")
+TABLE_WIDTH = 160  # of a table that goes into a file or a pipe
 
 console = Console(stderr=True)
 
@@ -101,6 +104,13 @@ def escape(text: str) -> str:
 def say(text: str) -> None:
     """Tell a person something on stderr."""
     console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+def rendered(table: Table) -> str:
+    """Return a table as text."""
+    text = io.StringIO()
+    Console(file=text, width=TABLE_WIDTH).print(table)
+    return text.getvalue().rstrip()
 
 
 def output(as_json: bool, document: dict[str, Any], text: str) -> None:

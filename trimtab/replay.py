@@ -4,7 +4,8 @@ from typing import Any
 
 from policies.distributions import seed_of
 from policies.errors import NotFound
-from policies.records import Decision, find_decision
+from policies.log_reader import find_decision
+from policies.records import Decision
 from policies.registry import Registry
 from policies.storage import Storage
 

@@ -14,7 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from policies.records import Decision, LogTail
+from policies.log_reader import LogTail
+from policies.records import Decision
 from policies.storage import Storage, open_storage
 from serve_app import direct
 from serve_app.asgi import Response

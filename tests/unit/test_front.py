@@ -12,7 +12,8 @@ import pytest
 import uvicorn
 import uvicorn.config
 
-from policies.records import Decision, LogTail
+from policies.log_reader import LogTail
+from policies.records import Decision
 from policies.storage import Storage, open_storage
 from serve_app import front
 from serve_app.config import ServingConfig

@@ -11,7 +11,8 @@ import pytest
 
 from policies.distributions import seed_of
 from policies.errors import NotFound
-from policies.records import BATCH_PREFIX, Decision, LogTail
+from policies.log_reader import LogTail
+from policies.records import BATCH_PREFIX, Decision
 from policies.registry import Registry, change_release
 from policies.storage import Storage, open_storage
 from policies.traffic import assign

@@ -11,10 +11,11 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from policies.golden import Golden
+from policies.log_reader import LogTail
 from policies.network import Architecture, tensor_shapes
 from policies.observations import Box, Categories, Group
 from policies.policy import Policy
-from policies.records import Decision, LogTail
+from policies.records import Decision
 from policies.registry import Registry
 from policies.spaces import Choices, Spaces
 from policies.storage import Storage, open_storage
