@@ -11,6 +11,7 @@ from serve_app.asgi import ClientGone, Receive, Request, Response, Scope, Send
 from serve_app.feedback import FeedbackIntake
 from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey
+from serve_app.local_decisions import LocalDecisions
 from serve_app.open_inference import OpenInference
 from serve_app.openapi import openapi_document
 from serve_app.overrides import OverrideIntake
@@ -23,6 +24,7 @@ RETRY_AFTER_S = 1
 PAGES = {"/dashboard": "index.html", "/dashboard/": "index.html", "/docs": "docs.html"}
 MODELS = "/v2/models/"
 DECISIONS, OVERRIDE = "/v1/decisions/", "/override"
+BUNDLES, BYTES = "/v1/bundles/", b"application/octet-stream"
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class HttpApi:
         files: dict[str, tuple[bytes, bytes]],
         open_inference: OpenInference,
         overrides: OverrideIntake,
+        local: LocalDecisions,
         own_endpoint: Callable[[], str | None],
         start: Callable[[], Awaitable[None]],
         stop: Callable[[], Awaitable[None]],
@@ -68,6 +71,8 @@ class HttpApi:
             "/v1/feedback": ("POST", self._accept_feedback),
             "/v1/status": ("GET", self._show_status),
             "/v1/endpoints": ("GET", self._show_endpoints),
+            "/v1/plan": ("GET", self._show_plan),
+            "/v1/decisions": ("POST", self._accept_decisions),
             "/healthz": ("GET", self._is_alive),
             "/readyz": ("GET", self._is_ready),
             "/openapi.json": ("GET", self._describe_api),
@@ -81,6 +86,7 @@ class HttpApi:
                 pages[path] = _page(*files[name])
         self._open_inference = open_inference
         self._overrides = overrides
+        self._local = local
         self._routes |= {path: ("GET", page) for path, page in pages.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,6 +125,8 @@ class HttpApi:
             return self._infer if method == "POST" else self._describe_model
         if path.startswith(DECISIONS) and path.endswith(OVERRIDE):
             return self._override if method == "POST" else _wrong_method(path, "POST")
+        if path.startswith(BUNDLES):
+            return self._send_bundle_file if method == "GET" else _wrong_method(path, "GET")
         if path not in self._routes:
             raise RequestInvalid(f"there is no {path}; /docs lists what there is", 404)
         allowed, handler = self._routes[path]
@@ -134,6 +142,19 @@ class HttpApi:
         self._key.check(request.header(b"authorization"))
         decision_id = unquote(request.scope["path"].removeprefix(DECISIONS).removesuffix(OVERRIDE))
         return Response(200, await self._overrides.accept(decision_id, request, key_name="owner"))
+
+    async def _show_plan(self, request: Request) -> Response:
+        self._key.check(request.header(b"authorization"))
+        return Response(200, self._local.plan())
+
+    async def _send_bundle_file(self, request: Request) -> Response:
+        self._key.check(request.header(b"authorization"))
+        digest, _, name = request.scope["path"].removeprefix(BUNDLES).partition("/")
+        return Response(200, await self._local.bundle_file(digest, name), BYTES)
+
+    async def _accept_decisions(self, request: Request) -> Response:
+        self._key.check(request.header(b"authorization"))
+        return Response(200, await self._local.accept(request))
 
     async def _show_status(self, request: Request) -> Response:
         self._key.check(request.header(b"authorization"))
