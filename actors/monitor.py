@@ -6,26 +6,24 @@ the same numbers. Only the replicas' own reports are news from memory, and those
 
 import logging
 import math
-import threading
-import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
-from ray.actor import ActorHandle
 
 from actors.arms import ShadowTally, arm_version, holdout_status, release_status, shadows_status, switches_status
-from actors.detached import start_detached, start_heartbeat
 from actors.version_traffic import VersionTraffic, series_times
 from policies.confidence import ConfidenceSequence
 from policies.errors import IntegrityError, StorageError
 from policies.joining import Account, Joiner, Outcome, account_of
-from policies.records import Decision, Feedback, LogTail, Override, Shadow
+from policies.log_reader import LogTail
+from policies.records import Decision, Feedback, Override, Shadow
 from policies.registry import Registry, RegistryState, Release
 from policies.release import ArmEvidence, ReleaseConfig, ReleaseEvidence, alpha_per_sequence, judge
 from policies.storage import existing_storage
-from policies.telemetry import ReplicaReport, monitor_name
+from policies.telemetry import ReplicaReport
 from policies.traffic import Arm
 
 logger = logging.getLogger(__name__)
@@ -129,7 +127,7 @@ class Monitor:
                 break
             yield
         if self._rebuilt_decisions is None:
-            self._rebuilt_decisions = self._num_read
+            self._rebuilt_decisions = self._num_read + self._decisions.num_sealed_duplicates
         self._refreshed_at = now
         yield from self._read_shadows()
 
@@ -149,6 +147,10 @@ class Monitor:
         logger.error("event=monitor_error policy=%s error=%r", self._policy, error)
         self._errors.append(f"{type(error).__name__}: {error}")
 
+    def may_seal(self, path: Path) -> bool:
+        """Say whether a segment of the decision log was read as far as the last refresh found it."""
+        return self._refreshed_at is not None and self._decisions.has_read(path.stem)
+
     def release_evidence(self) -> dict[str, Any]:
         """Return the evidence of the open release and when it was complete: `release` and `evidence` are None without one."""
         release = self._open_release()
@@ -164,7 +166,8 @@ class Monitor:
         release = self._open_release()
         replicas = [entry for entry in self._replicas.values() if now - entry[0] <= REPLICA_SILENT_S]
         self._replicas = {report.replica: (came_at, report) for came_at, report in replicas}
-        counts = self._joiner.counts
+        counts = dict(self._joiner.counts)
+        counts["duplicate_decisions"] += self._decisions.num_sealed_duplicates
         return {
             "policy": self._policy,
             "time_s": now,
@@ -197,19 +200,7 @@ class Monitor:
                 "waiting": self._joiner.num_waiting,
             },
             "overrides": {name: counts[name] for name in ("overridden", "override_late", "override_unknown")},
-            "replicas": [
-                {
-                    "replica": report.replica,
-                    "plan": report.plan,
-                    "versions": report.versions,
-                    "age_s": now - came_at,
-                    "responses": _string_keys(report.responses),
-                    "queue_depth": report.queue_depth,
-                    "load_failures": _string_keys(report.load_failures),
-                    "endpoint": report.endpoint,
-                }
-                for came_at, report in replicas
-            ],
+            "replicas": [_replica_status(report, now - came_at) for came_at, report in replicas],
             "responses": _string_keys(_sum([self._older_responses, *self._responses.values()])),
             "monitor": {
                 "started_at": self._started_at,
@@ -347,6 +338,11 @@ class Monitor:
         }
 
 
+def _replica_status(report: ReplicaReport, age_s: float) -> dict[str, Any]:
+    document = msgspec.to_builtins(report, str_keys=True)
+    return {"age_s": age_s, **{name: value for name, value in document.items() if name not in ("time_s", "started_at_s")}}
+
+
 def _sum(totals: list[dict[int, int]]) -> dict[int, int]:
     result: dict[int, int] = {}
     for counts in totals:
@@ -357,58 +353,3 @@ def _sum(totals: list[dict[int, int]]) -> dict[int, int]:
 
 def _string_keys(values: dict[int, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
-
-
-class MonitorProcess:
-    """A `Monitor` that refreshes itself each second, with the system's clock. Its methods may be called again at will."""
-
-    def __init__(self, **settings: Any) -> None:
-        self._settings = settings
-        config = ReleaseConfig.model_validate(settings["config"])
-        self._monitor = Monitor(**{**settings, "config": config, "now": time.time()})
-        self._lock = threading.Lock()
-        start_heartbeat(self._refresh)
-
-    def settings(self) -> dict[str, Any]:
-        return self._settings
-
-    def report(self, report: dict[str, Any]) -> None:
-        with self._lock:
-            self._monitor.report(report, time.time())
-
-    def release_evidence(self) -> dict[str, Any]:
-        with self._lock:
-            return self._monitor.release_evidence()
-
-    def status(self) -> dict[str, Any]:
-        with self._lock:
-            return self._monitor.status(time.time())
-
-    def _refresh(self) -> None:
-        """Refresh step by step. Whatever goes wrong is shown, and ages the evidence, on which no release is then moved."""
-        steps = self._monitor.refresh_steps(time.time())
-        try:
-            while True:
-                with self._lock:
-                    next(steps)
-                time.sleep(0.001)  # a lock released and taken at once would keep the others out
-        except StopIteration:
-            return
-        except Exception as error:
-            logger.exception("event=refresh_failed")
-            with self._lock:
-                self._monitor.note_error(error)
-
-
-def start_monitor(
-    policy: str, storage_root: str, *, outcome_range: tuple[float, float], reward_window_s: float, config: ReleaseConfig
-) -> ActorHandle:
-    """Return the policy's monitor, starting it when there is none. Raises `ClusterError`."""
-    settings = {
-        "policy": policy,
-        "storage_root": str(storage_root),
-        "outcome_range": tuple(outcome_range),
-        "reward_window_s": reward_window_s,
-        "config": config.model_dump(),
-    }
-    return start_detached(MonitorProcess, monitor_name(policy), settings)

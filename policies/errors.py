@@ -15,7 +15,7 @@
     ├── TrainingFailed             the run ended without reaching what it was asked for
     │   └── EnvironmentFailed      the environment's own code raised, or returned something unusable
     └── RequestRefused             an HTTP request we answer with its `status`
-        ├── RequestInvalid         400, 413, 422: what was expected is in the message
+        ├── RequestInvalid         400, 404, 408, 413, 415, 422, 431: what was expected is in the message
         ├── Unauthorized           401
         ├── Forbidden              403
         ├── DecisionUnknown        404
@@ -92,7 +92,7 @@ class RequestRefused(TrimtabError):
 
 
 class RequestInvalid(RequestRefused):
-    """The body is not what the policy expects; `status` is 400 (not JSON), 413 (too large) or 422 (wrong content)."""
+    """The body is not what the policy expects; `status` is 400 (not JSON), 413 (too large), 422 (wrong content) …"""
 
     def __init__(self, message: str, status: int = 422):
         super().__init__(message, status)
@@ -103,21 +103,21 @@ class RequestInvalid(RequestRefused):
 
 
 class Unauthorized(RequestRefused):
-    """The API key is missing or wrong."""
+    """The API key is missing, or is none that is valid now."""
 
     status = 401
+
+
+class Forbidden(RequestRefused):
+    """The API key is valid, but was not made for this."""
+
+    status = 403
 
 
 class DecisionUnknown(RequestRefused):
     """Feedback names a decision that this deployment never made."""
 
     status = 404
-
-
-class Forbidden(RequestRefused):
-    """The API key is valid, but not for this."""
-
-    status = 403
 
 
 class RequestConflict(RequestRefused):
@@ -127,9 +127,16 @@ class RequestConflict(RequestRefused):
 
 
 class Overloaded(RequestRefused):
-    """The replica's bounded queue is full; the client should come back later."""
+    """The replica's bounded queue is full, or the key's own limit is reached; the client should come back in `retry_after_s`."""
 
     status = 429
+
+    def __init__(self, message: str, retry_after_s: int = 1):
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class ServiceUnavailable(RequestRefused):

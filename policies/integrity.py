@@ -1,14 +1,20 @@
 """Write files so that a crash leaves the old or the new one, and recognise bytes that are neither."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from policies.errors import IntegrityError
+from policies.errors import IntegrityError, StorageError
+
+LOCK_PAUSE_S = 0.01  # between two tries for a lock that another process holds
 
 
 def canonical_json(value: Any) -> bytes:
@@ -53,6 +59,27 @@ def create_if_absent(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     finally:
         os.unlink(temporary)
     fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, *, timeout_s: float) -> Iterator[None]:
+    """Be the only one in this block, of all threads and processes that name the same file; a killed holder lets go.
+
+    The file stays: who removed it would let two in, one with the old file and one with the new. Raises `StorageError` when
+    another holds the lock for longer than `timeout_s`.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline_s = time.monotonic() + timeout_s
+    try:
+        while not _try_lock(descriptor):
+            if time.monotonic() >= deadline_s:
+                raise StorageError(
+                    f"another process has held {path} for {timeout_s:g} s; is one stopped? `fuser {path}` names it"
+                )
+            time.sleep(LOCK_PAUSE_S)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def commit_directory(temporary: Path, final: Path) -> None:
@@ -101,6 +128,14 @@ def remove(path: Path) -> None:
 def fsync_directory(path: Path) -> None:
     """Flush a directory's entries to the disk."""
     _fsync_file(path)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _write_temporary(path: Path, data: bytes, mode: int) -> str:

@@ -2,7 +2,6 @@
 
 import heapq
 import itertools
-from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,7 +113,8 @@ class Joiner:
         self._expired = _RecentIds(reward_window_s)
         self._cut = _RecentIds(reward_window_s)  # episodes we forgot while they may go on: their sum would lack its first part
         # Per account, release and version, in the order of beginning.
-        self._queues: dict[tuple[Account, int, int], deque[_Episode]] = {}
+        # Heaps by the time of their first decision: after a restart episodes are not read in the order of their beginning.
+        self._queues: dict[tuple[Account, int, int], list[tuple[float, int, _Episode]]] = {}
         self._num_queued = 0
         names = ("joined", "duplicate", "unknown", "late", "duplicate_decisions", "abandoned", "evicted")
         self.counts = dict.fromkeys((*names, "overridden", "override_late", "override_unknown"), 0)
@@ -192,7 +192,7 @@ class Joiner:
             self.counts["abandoned"] += 1
         for recent in (self._joined, self._expired, self._cut):
             recent.forget(until_s)
-        return self._take_outcomes()
+        return self._take_outcomes(until_s)
 
     def _episode(self, decision: Decision, version: int) -> _Episode:
         if decision.episode_id is None:
@@ -209,7 +209,8 @@ class Joiner:
 
     def _begin(self, decision: Decision, version: int) -> _Episode:
         episode = _Episode(decision, version)
-        self._queues.setdefault((episode.account, decision.release, version), deque()).append(episode)
+        queue = self._queues.setdefault((episode.account, decision.release, version), [])
+        heapq.heappush(queue, (episode.first_s, next(self._serial), episode))
         self._num_queued += 1
         return episode
 
@@ -229,12 +230,15 @@ class Joiner:
         episode.final_s = episode.last_s
         self._close(episode, episode.last_s + self._window_s + SETTLE_S)
 
-    def _take_outcomes(self) -> list[Outcome]:
-        """Return the outcomes of closed episodes, as far as no older one of the same release and version is still open."""
+    def _take_outcomes(self, until_s: float) -> list[Outcome]:
+        """Return the outcomes of closed episodes, as far as no older one of the same release and version is still open.
+
+        One that began after `until_s` may have an older one that was not read yet.
+        """
         outcomes = []
         for key, queue in list(self._queues.items()):
-            while queue and (queue[0].is_closed or self._num_queued > MAX_QUEUED_EPISODES):
-                episode = queue.popleft()
+            while queue and ((queue[0][2].is_closed and queue[0][0] <= until_s) or self._num_queued > MAX_QUEUED_EPISODES):
+                episode = heapq.heappop(queue)[2]
                 self._num_queued -= 1
                 if not episode.is_closed:
                     self.counts["evicted"] += 1  # it may go on and will be counted nowhere

@@ -5,9 +5,11 @@ import os
 import re
 import secrets
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from policies.api_keys import ApiKeyStore
 from policies.errors import StorageError
 from policies.integrity import canonical_json, create_if_absent, parse_json, write_atomic
 
@@ -49,8 +51,13 @@ class Storage:
         return self.root / "log" / policy / "overrides"
 
     @property
+    def api_keys(self) -> ApiKeyStore:
+        return ApiKeyStore(self.root / "secrets")
+
+    @property
     def api_key_file(self) -> Path:
-        return self.root / "secrets" / "api_key"
+        """The owner's key in clear: the copy for the person on this machine."""
+        return self.api_keys.owner_file
 
     @property
     def decision_secret_file(self) -> Path:
@@ -88,7 +95,7 @@ def open_storage(location: str | Path = DEFAULT_LOCATION) -> Storage:
         root.mkdir(parents=True, exist_ok=True)
         _claim(root)
         storage = Storage(root)
-        _create_secret(storage.api_key_file, "tt-" + secrets.token_urlsafe(24))
+        storage.api_keys.ensure_owner(now=time.time())
         _create_secret(storage.decision_secret_file, secrets.token_hex(32))
     except (NotADirectoryError, FileExistsError) as error:
         raise StorageError(f"storage {root} is not a directory: {error}; name another place with --storage") from error

@@ -1,5 +1,7 @@
 """What a replica tells the monitor each second, and the names under which the named actors are found."""
 
+from typing import Any
+
 import msgspec
 
 ACTOR_NAMESPACE = "trimtab"
@@ -34,3 +36,8 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     queue_depth: int
     load_failures: dict[int, str]
     endpoint: str | None = None  # URL of its direct lane, if it has one
+    breakers: dict[int, str] = {}  # versions that it does not ask at the moment, and why
+    registry_error: str | None = None
+    keys_error: str | None = None
+    shadows: dict[str, int] = {}  # decisions that shadows were asked about, left out of, and not logged for
+    log: dict[str, Any] = {}  # `DecisionLog.status`: whether what it decides is written down

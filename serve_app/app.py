@@ -11,7 +11,8 @@ from typing import Any
 
 import ray
 
-from policies.errors import ClusterError
+from policies.errors import ClusterError, NotFound
+from policies.storage import existing_storage
 from serve_app.config import ServingConfig
 from serve_app.haproxy import end_haproxies, haproxies
 from serve_app.replica import PolicyReplica
@@ -52,7 +53,7 @@ def start_serving(policy: str, storage_root: str, config: ServingConfig) -> str:
     except (ray.exceptions.RayTaskError, ray.serve.exceptions.RayServeException) as error:
         raise ClusterError(f"Ray Serve refused the application: {error}") from error
     url = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
-    _wait_until_ready(url, target.name)
+    _wait_until_ready(url, target.name, key=_owner_key(storage_root))
     if not haproxies(_node_ids()):
         logger.warning(
             "event=slow_profile reason='this cluster was started without the Serve profile, so a Python proxy stands in front: "
@@ -173,7 +174,7 @@ def _remedy(config: ServingConfig, port: int) -> str:
     )
 
 
-def _wait_until_ready(url: str, application: str) -> None:
+def _wait_until_ready(url: str, application: str, *, key: str | None) -> None:
     from ray import serve
 
     deadline, answer = time.monotonic() + START_TIMEOUT_S, "no answer"
@@ -181,7 +182,7 @@ def _wait_until_ready(url: str, application: str) -> None:
         state = serve.status().applications.get(application)
         if state is not None and state.status == "DEPLOY_FAILED":
             raise ClusterError(f"Ray Serve could not start the replicas: {state.message}")
-        status, answer = _readiness(url)
+        status, answer = _readiness(url, key)
         if status == 200 and state is not None and state.status == "RUNNING":  # else a replica of an ended session answered
             return
         time.sleep(0.1)
@@ -191,9 +192,17 @@ def _wait_until_ready(url: str, application: str) -> None:
     )
 
 
-def _readiness(url: str) -> tuple[int | None, str]:
+def _owner_key(storage_root: str) -> str | None:
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as response:
+        return existing_storage(storage_root).api_keys.owner_key()
+    except NotFound:  # it was taken away from this machine: then the endpoint says that it is not ready, but not why
+        return None
+
+
+def _readiness(url: str, key: str | None) -> tuple[int | None, str]:
+    request = urllib.request.Request(f"{url}/readyz", headers={"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         body = error.read().decode(errors="replace")

@@ -36,6 +36,7 @@ class Request(NamedTuple):
 
     async def body(self, max_bytes: int) -> bytes:
         """Read the body; raises `RequestInvalid` with 413 as soon as it is known to be too large, declared or not."""
+        require_plain(self.header(b"content-encoding"))
         declared = self.header(b"content-length")
         if declared is not None and int(declared) > max_bytes:
             raise _too_large(max_bytes)
@@ -78,6 +79,12 @@ class Response(NamedTuple):
         headers = [(b"content-type", self.content_type), (b"content-length", length), *self.headers]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
+
+
+def require_plain(content_encoding: bytes | None) -> None:
+    """Raise `RequestInvalid` with 415 for a compressed body: a few of its bytes may stand for gigabytes."""
+    if content_encoding is not None and content_encoding.lower() != b"identity":
+        raise RequestInvalid(f"content-encoding is {content_encoding[:40].decode('latin-1')!r}; send the body uncompressed", 415)
 
 
 def _too_large(max_bytes: int) -> RequestInvalid:

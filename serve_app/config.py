@@ -59,3 +59,14 @@ class ServingConfig(BaseModel):
     max_batch_size: int = Field(256, ge=1, description="bigger: more throughput under load, the last of a batch waits longer")
     max_queue: int = Field(1024, ge=1, description="bigger: bursts wait instead of being answered 429")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="bigger: larger requests are read before they are refused with 413")
+    durability: Literal["write", "fsync"] = Field(
+        "write",
+        description="write: what was answered survives a killed process; fsync: a power cut too, each answer waits for the disk",
+    )
+    on_log_failure: Literal["refuse", "answer"] = Field(
+        "refuse",
+        description="when the log cannot be written: refuse answers 503; answer goes on, and some decisions may never be logged",
+    )
+    log_timeout_s: float = Field(
+        2.0, gt=0, description="bigger: a write or fsync may take longer before it counts as a failure of the log"
+    )

@@ -8,18 +8,19 @@ import asyncio
 import time
 from collections import deque
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any
 
 import httptools
 
 from policies.errors import RequestInvalid, RequestRefused
-from serve_app.asgi import JSON, Request, Response
+from serve_app.asgi import JSON, Request, Response, require_plain
 from serve_app.http_api import HttpApi
-from serve_app.ingress import Ingress, num_rows_of
+from serve_app.ingress import ARM_HEADER, Ingress, num_rows_of
+from serve_app.keys import ApiKey
+from serve_app.known_heads import KnownHead, Received, has_head, learn_head
 from serve_app.wire import encode
 
 MAX_HEADER_BYTES = 32 << 10
-MAX_KNOWN_HEAD_BYTES = 4 << 10
 MAX_CONNECTIONS = 4096
 MAX_PIPELINED = 64  # requests of one connection that wait for their turn; then it is not read from any more
 REQUEST_TIMEOUT_S = 10.0  # for a request to arrive whole, once its first byte has
@@ -48,13 +49,17 @@ class DirectLane:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: Connection(self, loop), host, port, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
-        self._sweep = loop.call_later(SWEEP_INTERVAL_S, self._close_the_slow, loop)
+        self.start_sweeping()
         return self.port
 
+    def start_sweeping(self) -> None:
+        """Close slow connections from now on, also those that came by another port (`serve_app.front`)."""
+        if self._sweep is None:
+            self._close_the_slow(asyncio.get_running_loop())
+
     async def stop(self) -> None:
-        if self._server is None:
-            return
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         if self._sweep is not None:
             self._sweep.cancel()
         for connection in list(self.connections):
@@ -64,7 +69,7 @@ class DirectLane:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.abort()
-        self._server = self.port = None
+        self._server = self.port = self._sweep = None
 
     def _close_the_slow(self, loop: asyncio.AbstractEventLoop) -> None:
         """One look at all connections each second instead of a timer for each request."""
@@ -72,26 +77,6 @@ class DirectLane:
         for connection in list(self.connections):
             connection.close_if_slow(now_s)
         self._sweep = loop.call_later(SWEEP_INTERVAL_S, self._close_the_slow, loop)
-
-
-class Received(NamedTuple):
-    """A request that arrived whole."""
-
-    method: str
-    path: str
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-    keeps_open: bool
-    started_s: float
-
-
-class KnownHead(NamedTuple):
-    """The head of a request for decisions, byte for byte, and what it says; `size` is that of the request with its body."""
-
-    head: bytes
-    size: int
-    received: Received
-    authorization: bytes | None
 
 
 class Connection(asyncio.Protocol):
@@ -134,7 +119,7 @@ class Connection(asyncio.Protocol):
         if self._is_refused:
             return
         known = self._known
-        if known is not None and len(data) == known.size and self._since_s is None and data.startswith(known.head):
+        if known is not None and len(data) == known.size and self._since_s is None and has_head(data, known):
             return self._receive_known(known, data)
         unfinished_since_s, num_completed = self._since_s, self._num_completed
         try:
@@ -155,12 +140,12 @@ class Connection(asyncio.Protocol):
             )
 
     def _receive_known(self, known: KnownHead, data: bytes) -> None:
-        method, path, headers, _, keeps_open, _ = known.received
-        received = Received(method, path, headers, data[len(known.head) :], keeps_open, time.perf_counter())
+        method, path, headers, _, keeps_open, _, _, arm = known.received
         try:
-            self._lane.ingress.check_key(known.authorization)  # it may have been revoked since
+            key = self._lane.api.keys.recognise(known.authorization)  # it may have been revoked since
         except RequestRefused as error:
-            return self._refuse(self._lane.api.failure_response(error, received.path))
+            return self._refuse(self._lane.api.failure_response(error, path))
+        received = Received(method, path, headers, data[len(known.head) :], keeps_open, time.perf_counter(), key, arm)
         if self._is_answering or self._waiting:
             self._waiting.append(received)
             return self._pause_or_resume()
@@ -168,15 +153,8 @@ class Connection(asyncio.Protocol):
         self._decide(received)
 
     def _learn_head(self, data: bytes) -> None:
-        """Remember the head of a request that came in one piece, if it is an ordinary one for decisions."""
-        last = self._last
-        assert last is not None
-        head = data[: len(data) - len(last.body)]
-        is_plain = last.path == "/v1/decide" and last.method == "POST" and last.keeps_open and last.body
-        if is_plain and len(head) <= MAX_KNOWN_HEAD_BYTES and head.endswith(b"\r\n\r\n") and data.endswith(last.body):
-            headers = dict(reversed(last.headers))
-            if b"content-length" in headers and b"expect" not in headers:
-                self._known = KnownHead(head, len(data), last, headers.get(b"authorization"))
+        assert self._last is not None
+        self._known = learn_head(data, self._last) or self._known
 
     def connection_lost(self, error: Exception | None) -> None:
         self._is_refused = True
@@ -213,8 +191,9 @@ class Connection(asyncio.Protocol):
         length = int(headers.get(b"content-length", 0))
         if length > self._lane.max_body_bytes:
             raise _too_large(self._lane.max_body_bytes)
+        require_plain(headers.get(b"content-encoding"))
         if length or b"transfer-encoding" in headers or self._parser.get_method() == b"POST":
-            self._lane.ingress.check_key(headers.get(b"authorization"))
+            self._key = self._lane.api.keys.recognise(headers.get(b"authorization"))
         if headers.get(b"expect", b"").lower() == b"100-continue":
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -229,7 +208,8 @@ class Connection(asyncio.Protocol):
         path = _path_of(self._url)
         keeps_open = self._parser.should_keep_alive() and not self._parser.should_upgrade()
         method = self._parser.get_method().decode()
-        self._last = Received(method, path, self._headers, body, keeps_open, time.perf_counter())
+        arm = next((value for name, value in self._headers if name == ARM_HEADER), None)
+        self._last = Received(method, path, self._headers, body, keeps_open, time.perf_counter(), self._key, arm)
         self._num_completed += 1
         self._waiting.append(self._last)
         self._since_s = None
@@ -264,10 +244,18 @@ class Connection(asyncio.Protocol):
 
     def _decide(self, received: Received) -> None:
         """The short way for the one request that matters: no task, no coroutine."""
+        key = received.key
+        assert key is not None, "it was looked for before the body was read"
         try:
-            ask = self._lane.ingress.ask(received.body, started_s=received.started_s)
+            self._lane.api.keys.admit(key, "decide")
+            key.usage.begin()
+        except RequestRefused as error:
+            return self._send_counted(self._lane.api.failure_response(error, received.path), received)
+        try:
+            ask = self._lane.ingress.ask(received.body, key, started_s=received.started_s, arm=received.arm)
             self._lane.ingress.batcher.submit(ask, lambda result: self._decided(result, received), num_rows=num_rows_of(ask))
         except Exception as error:
+            key.usage.end()
             return self._send_counted(self._lane.api.failure_response(error, received.path), received)
 
     def _answered(self, done: "asyncio.Task[Response]", received: Received) -> None:
@@ -278,6 +266,8 @@ class Connection(asyncio.Protocol):
             raise
 
     def _decided(self, result: Any, received: Received) -> None:
+        assert received.key is not None
+        received.key.usage.end()
         try:
             if isinstance(result, Exception):
                 response = self._lane.api.failure_response(result, received.path)
@@ -352,6 +342,7 @@ class Connection(asyncio.Protocol):
 
     def _begin(self) -> None:
         self._url = b""
+        self._key: ApiKey | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
         self._body_size = self._header_size = 0

@@ -10,7 +10,6 @@ from serve_app.asgi import Request
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
-from serve_app.keys import ApiKey
 from serve_app.wire import FeedbackRequest, encode, feedback_decoder
 
 logger = logging.getLogger(__name__)
@@ -22,13 +21,11 @@ class FeedbackIntake:
     def __init__(
         self,
         *,
-        key: ApiKey,
         decision_ids: DecisionIds,
         log: SegmentWriter,
         config: ServingConfig,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._key = key
         self._decision_ids = decision_ids
         self._log = log
         self._max_body_bytes = config.max_body_bytes
@@ -36,7 +33,6 @@ class FeedbackIntake:
 
     async def accept(self, request: Request) -> bytes:
         """Return `{"accepted": n}`; raises `DecisionUnknown` naming the item whose decision we never made."""
-        self._key.check(request.header(b"authorization"))
         decoded = feedback_decoder.decode(await request.body(self._max_body_bytes))
         items: list[FeedbackRequest] = decoded if isinstance(decoded, list) else [decoded]
         for index, item in enumerate(items):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable
+from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable, TrimtabError
 from policies.records import Decision
 from serve_app.asgi import Request
 from serve_app.asks import Ask, AskReader, ManyAsk
@@ -14,7 +14,6 @@ from serve_app.batcher import Batcher, Deliver
 from serve_app.config import ServingConfig
 from serve_app.deciding import Answer, Decider, Rows
 from serve_app.decision_ids import DecisionIds
-from serve_app.decision_log import SegmentWriter
 from serve_app.drafts import (
     Moment,
     answer_of,
@@ -25,14 +24,17 @@ from serve_app.drafts import (
     row_told_again,
     told_again,
 )
+from serve_app.durable_log import DecisionLog, Place
 from serve_app.features import Encoded, encode_numbers
 from serve_app.features import encode as encode_features
-from serve_app.keys import ApiKey
+from serve_app.keys import ApiKey, require
 from serve_app.recall import Recall
 from serve_app.repair import Repair
 from serve_app.shadowing import Shadowing
 from serve_app.variants import Snapshot, VariantStore
 from serve_app.wire import DecideManyAnswer, encode
+
+ARM_HEADER = b"x-trimtab-arm"  # with a key of scope operate: which arm is to answer, for testers
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +57,15 @@ class Ingress:
         self,
         policy: str,
         *,
-        key: ApiKey,
         decision_ids: DecisionIds,
         variants: VariantStore,
-        log: SegmentWriter,
+        log: DecisionLog,
         recall: Recall,
         shadowing: Shadowing,
         config: ServingConfig,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._policy = policy
-        self._key = key
         self.reader = AskReader(decision_ids)
         self._variants = variants
         self._log = log
@@ -76,30 +76,29 @@ class Ingress:
         self._request_modes = config.request_modes
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
-        self._shown: list[
-            tuple[Rows, list[Answer | ServiceUnavailable]]
-        ] = []  # what shadows are asked about when this batch's answers have left
+        # What shadows are asked about when this batch's answers have left.
+        self._shown: list[tuple[Rows, list[Answer | ServiceUnavailable]]] = []
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
             self._answer_batch, max_batch_size=config.max_batch_size, max_queue=config.max_queue
         )
 
-    async def decide(self, request: Request) -> bytes:
+    async def decide(self, request: Request, key: ApiKey) -> bytes:
         """Return the answer's JSON; raises `RequestRefused` for whatever is not answered with an action."""
         started_s = time.perf_counter()
-        self.check_key(request.header(b"authorization"))  # before a byte of the body is read
         body = await request.body(self._max_body_bytes)
-        ask = self.ask(body, started_s=started_s)
+        ask = self.ask(body, key, started_s=started_s, arm=request.header(ARM_HEADER))
         return encode(await self.batcher.answer(ask, num_rows=num_rows_of(ask)))
 
-    def check_key(self, authorization: bytes | None) -> None:
-        """Raise `Unauthorized` unless the Authorization header's value is the key."""
-        self._key.check(authorization)
-
-    def ask(self, body: bytes, *, started_s: float, arm: str | None = None) -> Ask | ManyAsk:
-        """Return what a body asks for; raises `RequestRefused`."""
-        ask = self.reader.read(body, self.snapshot().champion.policy.spaces, started_s, arm)
+    def ask(self, body: bytes, key: ApiKey, *, started_s: float, arm: bytes | None = None) -> Ask | ManyAsk:
+        """Return what a body asks for; raises `RequestRefused`. A tester may name the `arm` that is to answer."""
+        if arm is not None:
+            require(key, "operate")
+        spaces = self.snapshot().champion.policy.spaces
+        ask = self.reader.read(body, spaces, started_s, None if arm is None else arm.decode("latin-1"))
         if ask.mode is not None:
             self.check_mode(ask.mode)
+        if ask.explain:
+            require(key, "read")
         return ask
 
     def check_mode(self, mode: str) -> None:
@@ -138,14 +137,8 @@ class Ingress:
             if index not in drafts:
                 drafts[index] = self._decide_many(ask, snapshot)
         ordered = [drafts[index] for index in range(len(asks))]
-        try:
-            self._write_down(ordered)
-        except ServiceUnavailable as error:
-            self._shown = []
-            ordered = [Draft(error) if draft.line else draft for draft in ordered]
-        _let_go(ordered, delivers)
-        for rows, answers in self._shown:
-            self._offer_to_shadows(rows, answers, snapshot)
+        num_decisions = sum([num_rows_of(ask) for ask, draft in zip(asks, ordered) if draft.line])
+        self._write_down(ordered, delivers, num_decisions, snapshot)
 
     def _decide_singles(self, asks: list[Ask], snapshot: Snapshot) -> list[Draft]:
         """Return a draft for each of the requests for one decision, which are decided together."""
@@ -290,17 +283,26 @@ class Ingress:
         ]
         return DecideManyAnswer(self._policy, rows)
 
-    def _write_down(self, drafts: list[Draft]) -> None:
-        """Append the batch to the log with one write; raises `ServiceUnavailable`: what is not logged is not answered."""
+    def _write_down(self, drafts: list[Draft], delivers: list[Deliver], num_decisions: int, snapshot: Snapshot) -> None:
+        """Have the batch logged with one write, and let the answers go once it is: what is not logged is not answered.
+
+        What became of the log may be known at once or, where it is flushed to the disk, a little later.
+        """
+        shown, self._shown = self._shown, []
         lines = b"".join([draft.line for draft in drafts])
         if not lines:
-            return
-        try:
-            path, offset = self._log.append(lines)
-        except OSError as error:
-            logger.error("event=decisions_not_logged num_bytes=%d error=%r", len(lines), str(error))
-            raise ServiceUnavailable(f"the decision log cannot be written: {error}") from error
-        self._remember(drafts, path, offset)
+            return _let_go(drafts, delivers)
+
+        def logged(error: TrimtabError | None, place: Place | None) -> None:
+            if error is not None:
+                return _let_go([Draft(error) if draft.line else draft for draft in drafts], delivers)
+            if place is not None:
+                self._remember(drafts, *place)
+            _let_go(drafts, delivers)
+            for rows, answers in shown:
+                self._offer_to_shadows(rows, answers, snapshot)
+
+        self._log.append(lines, num_decisions, logged)
 
     def _remember(self, drafts: list[Draft], path: Path, offset: int) -> None:
         for draft in drafts:

@@ -19,13 +19,13 @@ from msgspec import Meta
 
 from policies.bundle_reader import read_file_of
 from policies.distributions import seed_of
-from policies.errors import DecisionUnknown, NotFound, RequestInvalid, ServiceUnavailable
+from policies.errors import DecisionUnknown, NotFound, RequestInvalid, ServiceUnavailable, TrimtabError
 from policies.records import Decision
 from policies.registry import Registry
 from serve_app.asgi import Request
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import LEASE_S, DecisionIds, lease_began_at
-from serve_app.decision_log import SegmentWriter
+from serve_app.durable_log import DecisionLog, Place
 from serve_app.variants import Snapshot, VariantStore
 from serve_app.wire import BodyDecoder, encode
 
@@ -59,7 +59,7 @@ class LocalDecisions:
         decision_ids: DecisionIds,
         variants: VariantStore,
         registry: Registry,
-        log: SegmentWriter,
+        log: DecisionLog,
         config: ServingConfig,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -121,7 +121,7 @@ class LocalDecisions:
             problem = _problem(decision, self._digests.get(decision.version), now)
             if problem:
                 raise RequestInvalid(f"{where}: {problem}; nothing was accepted")
-        self._write_down(asked.decisions)
+        await self._write_down(asked.decisions)
         return encode({"accepted": len(asked.decisions)})
 
     def _snapshot(self) -> Snapshot:
@@ -139,12 +139,19 @@ class LocalDecisions:
             state = await asyncio.to_thread(self._registry.state)
         self._digests |= {number: version.digest for number, version in state.versions.items()}
 
-    def _write_down(self, decisions: list[Decision]) -> None:
-        try:
-            self._log.append(b"".join([encode(decision) + b"\n" for decision in decisions]))
-        except OSError as error:
+    async def _write_down(self, decisions: list[Decision]) -> None:
+        """Append them with one write, and wait until they are as durable as was asked for."""
+        logged: asyncio.Future[TrimtabError | None] = asyncio.get_running_loop().create_future()
+
+        def then(error: TrimtabError | None, place: Place | None) -> None:
+            if not logged.done():  # the client may be gone
+                logged.set_result(error)
+
+        self._log.append(b"".join([encode(decision) + b"\n" for decision in decisions]), len(decisions), then)
+        error = await logged
+        if error is not None:
             logger.error("event=local_decisions_not_logged num_decisions=%d error=%r", len(decisions), str(error))
-            raise ServiceUnavailable(f"the decision log cannot be written: {error}") from error
+            raise error
 
 
 def _problem(decision: Decision, digest: str | None, now: float) -> str | None:

@@ -15,6 +15,7 @@ from policies.spaces import ACTION_MASK, Choices, Spaces
 from serve_app.asgi import Request, Response
 from serve_app.asks import ManyAsk
 from serve_app.ingress import Ingress, num_rows_of
+from serve_app.keys import ApiKey, require
 from serve_app.tensors_http import BYTES, InferRequest, read_request, write_response
 from serve_app.variants import Snapshot
 from serve_app.wire import MAX_OBSERVATIONS, DecideManyAnswer, encode
@@ -55,13 +56,15 @@ class OpenInference:
         }
         return Response(200, encode(document))
 
-    async def infer(self, path: str, request: Request) -> Response:
+    async def infer(self, path: str, request: Request, key: ApiKey) -> Response:
         """Answer POST /v2/models/<policy>[/versions/<version>]/infer."""
         started_s = time.perf_counter()
         name, version, action = _parts(path)
         if action != "infer":
             raise DecisionUnknown(f"there is no {path} to post to")
         snapshot = self._known(name, version)
+        if version is not None:  # that chooses the arm
+            require(key, "operate")
         body = await request.body(self._max_body_bytes)
         asked, tensors = read_request(body, request.header(b"inference-header-content-length"))
         ask = self._ask(asked, tensors, snapshot, version, started_s)

@@ -27,6 +27,7 @@ _REFUSALS = {
     408: "the request did not arrive in time",
     409: "this request_id was used before, for another request",
     413: "the body is larger than serving.max_body_bytes",
+    415: "the body is compressed",
     422: "the body is JSON, but not what is expected; the message says what is",
     429: "too many requests wait, or come with this key; see Retry-After",
     503: "nobody can answer now, or the log cannot be written; see Retry-After",
@@ -71,18 +72,20 @@ def openapi_document(policy: str, spaces: Spaces | None, *, version: str) -> dic
     paths: dict[str, Any] = {
         "/v1/decide": {
             "post": _operation(
-                "Decide", "decide", one_or_many, (400, 401, 403, 408, 409, 413, 422, 429, 503, 504), _ref("DecideRequest")
+                "Decide", "decide", one_or_many, (400, 401, 403, 408, 409, 413, 415, 422, 429, 503, 504), _ref("DecideRequest")
             )
         },
         "/v1/feedback": {
-            "post": _operation("Report rewards", "feedback", accepted, (400, 401, 403, 404, 408, 413, 422, 429, 503), feedback)
+            "post": _operation(
+                "Report rewards", "feedback", accepted, (400, 401, 403, 404, 408, 413, 415, 422, 429, 503), feedback
+            )
         },
         "/v1/decisions/{decision_id}/override": {
             "post": _operation(
                 "Record that something else was done",
                 "operate",
                 accepted,
-                (400, 401, 403, 404, 408, 413, 422, 429, 503),
+                (400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
                 _ref("OverrideRequest"),
             ),
             "parameters": [_path_parameter("decision_id")],
@@ -106,7 +109,7 @@ def openapi_document(policy: str, spaces: Spaces | None, *, version: str) -> dic
                 "Decide, as inference",
                 "decide",
                 anything,
-                (400, 401, 403, 404, 408, 409, 413, 422, 429, 503, 504),
+                (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 504),
                 _ref("InferRequest"),
                 error="ProtocolError",
             )

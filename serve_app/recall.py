@@ -81,13 +81,11 @@ class Recall:
         if where is None:
             return []
         line = _line_at(*where)
-        if not line:
+        try:
+            return _decisions_in(line, name) if line else []
+        except (msgspec.DecodeError, ValueError, IndexError) as error:  # changed since; the monitor reports it too
+            logger.error("event=log_line_damaged segment=%s offset=%d error=%r", *where, str(error))
             return []
-        if line.startswith(BATCH_PREFIX):
-            batch = _batch_decoder.decode(line)
-            decisions = list(batch.rows())
-            return decisions if name == batch.batch_id else [d for d in decisions if d.decision_id == name]
-        return [_decision_decoder.decode(line)]
 
     def close(self) -> None:
         for place in self._others.values():
@@ -135,6 +133,14 @@ class Recall:
             place.offset += len(line) + 1
 
 
+def _decisions_in(line: bytes, name: str) -> list[Decision]:
+    if not line.startswith(BATCH_PREFIX):
+        return [_decision_decoder.decode(line)]
+    batch = _batch_decoder.decode(line)
+    decisions = list(batch.rows())
+    return decisions if name == batch.batch_id else [d for d in decisions if d.decision_id == name]
+
+
 def names_of_batch(line: bytes) -> list[str]:
     """Return under which names a batch may be asked for again: its own, or those of its decisions if each has one."""
     try:
@@ -151,5 +157,5 @@ def _line_at(path: Path, offset: int) -> bytes:
         with open(path, "rb") as file:
             file.seek(offset)
             return file.readline()
-    except FileNotFoundError:
+    except OSError:
         return b""

@@ -12,14 +12,17 @@ from policies.registry import Registry
 from policies.storage import existing_storage
 from policies.telemetry import ReplicaReport
 from policies.trust import TrustStore
+from serve_app import front
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
 from serve_app.direct import DirectLane
+from serve_app.durable_log import DecisionLog
 from serve_app.feedback import FeedbackIntake
+from serve_app.group_commit import GroupCommit
 from serve_app.http_api import HttpApi
 from serve_app.ingress import Ingress
-from serve_app.keys import ApiKey
+from serve_app.keys import KeyRing
 from serve_app.local_decisions import LocalDecisions
 from serve_app.open_inference import OpenInference
 from serve_app.overrides import OverrideIntake
@@ -39,8 +42,8 @@ class PolicyReplica:
         storage = existing_storage(storage_root)
         self._started_at_s = time.time()
         self.name = f"replica-{int(self._started_at_s)}-{secrets.token_hex(4)}"  # new at each start, see SegmentWriter
-        key, decision_ids = ApiKey.of(storage), DecisionIds.of(storage)
-        self._decisions = SegmentWriter(storage.decisions(policy), "decisions", self.name)
+        self._keys, decision_ids = KeyRing.of(storage), DecisionIds.of(storage)
+        self._decisions = _decision_log(SegmentWriter(storage.decisions(policy), "decisions", self.name), settings)
         self._feedback = SegmentWriter(storage.feedback(policy), "feedback", self.name)
         self._overrides = SegmentWriter(storage.overrides(policy), "overrides", self.name)
         self._shadows = SegmentWriter(storage.shadows(policy), "shadows", self.name)
@@ -53,7 +56,6 @@ class PolicyReplica:
         self._background: list[asyncio.Task[None]] = []
         self._ingress = Ingress(
             policy,
-            key=key,
             decision_ids=decision_ids,
             variants=self._variants,
             log=self._decisions,
@@ -66,10 +68,10 @@ class PolicyReplica:
         self.api = HttpApi(
             policy,
             ingress=self._ingress,
-            feedback=FeedbackIntake(key=key, decision_ids=decision_ids, log=self._feedback, config=settings),
+            feedback=FeedbackIntake(decision_ids=decision_ids, log=self._feedback, config=settings),
             status=StatusView(policy, self._variants, self._monitor.status),
             variants=self._variants,
-            key=key,
+            keys=self._keys,
             counters=self._counters,
             files=read_static_files(),
             overrides=OverrideIntake(decision_ids=decision_ids, log=self._overrides, max_body_bytes=settings.max_body_bytes),
@@ -94,7 +96,8 @@ class PolicyReplica:
         self._host = settings.host if settings.direct_lane else None
 
     def __serve_build_asgi_app__(self) -> HttpApi:
-        """Ray Serve asks for the ASGI application by this name."""
+        """Ray Serve asks for the ASGI application by this name, before it starts the server."""
+        front.install(self._direct)
         return self.api
 
     async def check_health(self) -> None:
@@ -119,6 +122,11 @@ class PolicyReplica:
             queue_depth=len(self._ingress.batcher),
             load_failures=self._variants.load_failures,
             endpoint=self._endpoint,
+            breakers=self._ingress.decider.open_breakers(),
+            registry_error=self._variants.registry_error,
+            keys_error=self._keys.error,
+            shadows=self._shadowing.counts(),
+            log=self._decisions.status(),
         )
 
     async def _start(self) -> None:
@@ -126,10 +134,19 @@ class PolicyReplica:
             port = await self._direct.start(self._host)
             everywhere = self._host == "0.0.0.0"
             self._endpoint = f"http://{ray.util.get_node_ip_address() if everywhere else self._host}:{port}"
+        self._direct.start_sweeping()
         self._background = [
             asyncio.create_task(self._variants.follow(), name="follow_registry"),
+            asyncio.create_task(self._keys.follow(), name="follow_keys"),
+            asyncio.create_task(self._retry_log(), name="retry_log"),
             asyncio.create_task(report_for_ever(self._monitor, self.report), name="report_to_monitor"),
         ]
+
+    async def _retry_log(self) -> None:
+        """Write down what a failing disk did not take, as soon as it does, also while nobody asks for anything."""
+        while True:
+            await asyncio.sleep(1.0)
+            self._decisions.retry()
 
     async def _stop(self) -> None:
         await self._direct.stop()
@@ -138,7 +155,12 @@ class PolicyReplica:
             task.cancel()
         self._background = []
         self._recall.close()
-        self._decisions.close()
+        await self._decisions.close()
         self._feedback.close()
         self._overrides.close()
         self._shadows.close()
+
+
+def _decision_log(writer: SegmentWriter, settings: ServingConfig) -> DecisionLog:
+    commit = GroupCommit(writer, timeout_s=settings.log_timeout_s) if settings.durability == "fsync" else None
+    return DecisionLog(writer, on_failure=settings.on_log_failure, timeout_s=settings.log_timeout_s, commit=commit)

@@ -46,6 +46,10 @@ class Shadowing:
         self.num_left_out = 0
         self.num_not_logged = 0
 
+    def counts(self) -> dict[str, int]:
+        """Return how many decisions shadows were asked about, and what was lost."""
+        return {"answered": self.num_answered, "left_out": self.num_left_out, "not_logged": self.num_not_logged}
+
     def offer(
         self,
         variants: tuple[Variant, ...],

@@ -1,6 +1,7 @@
 """Small published policies for tests and benchmarks of the serving half: random weights, honest golden vectors, no training."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -11,9 +12,9 @@ import numpy as np
 from policies.bundle import write_bundle
 from policies.distributions import Mode
 from policies.golden import Golden
+from policies.log_reader import LogTail
 from policies.network import Architecture, tensor_shapes
 from policies.policy import Policy
-from policies.records import LogTail
 from policies.registry import Registry, register_version, set_champion, start_release
 from policies.storage import Storage
 from policies.traffic import TrafficPlan
@@ -129,15 +130,24 @@ class Reply:
 
     @property
     def error(self) -> str:
-        return self.json()["error"]["message"]
+        error = self.json()["error"]
+        return error if isinstance(error, str) else error["message"]  # a text in the Open Inference Protocol
 
 
 async def call(
-    app: HttpApi, method: str, path: str, body: bytes | list[bytes] = b"", *, key: str | None = None, length: int | None = None
+    app: HttpApi,
+    method: str,
+    path: str,
+    body: bytes | list[bytes] = b"",
+    *,
+    key: str | None = None,
+    length: int | None = None,
+    extra_headers: Sequence[tuple[bytes, bytes]] = (),
 ) -> Reply:
     """Send one request to an ASGI application in this process; a list of bytes is a chunked body without a declared length."""
     chunks = body if isinstance(body, list) else [body]
     headers = [(b"authorization", b"Bearer " + key.encode())] if key is not None else []
+    headers += extra_headers
     if not isinstance(body, list):
         headers.append((b"content-length", str(len(body) if length is None else length).encode()))
     remaining = list(chunks)

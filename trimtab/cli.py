@@ -13,13 +13,19 @@ import typer
 from policies.errors import GateRefused, ReleaseRefused, SignatureRefused, TrainingFailed, TrimtabError
 from trimtab.cluster import prepare_environment, terminate_as_interrupt
 from trimtab.command import DONE, INTERRUPTED, NEGATIVE, UNUSABLE, console, escape
-from trimtab.commands import arms, curves, exports, offline, online, registry, release, tuning, whole_loop
+from trimtab.commands import apikey, arms, curves, exports, log, offline, online, registry, release, tuning, whole_loop
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 release_app = typer.Typer(no_args_is_help=True, help="Deliver a version to traffic step by step, and take it back.")
 arms_app = typer.Typer(no_args_is_help=True, help="Switch arms off and on, hold units out, let versions answer in shadow.")
 registry_app = typer.Typer(no_args_is_help=True, help="See, name, approve, verify and tidy the versions of a policy.")
-keys_app = typer.Typer(no_args_is_help=True, help="Make keys to sign with, and say whose signatures count.")
+log_app = typer.Typer(no_args_is_help=True, help="See and seal the decision log.")
+keys_app = typer.Typer(
+    no_args_is_help=True, help="Make keys to sign versions with, and say whose signatures count; for clients see `apikey`."
+)
+apikey_app = typer.Typer(
+    no_args_is_help=True, help="Make API keys for clients of the endpoint, and end them; to sign versions see `keys`."
+)
 
 for command in (
     whole_loop.up,
@@ -46,12 +52,20 @@ for command in (arms.disable, arms.enable, arms.holdout, arms.shadow):
     arms_app.command()(command)
 for name in ("new", "trust", "list", "revoke"):
     keys_app.command(name)(getattr(exports, f"keys_{name}"))
+app.add_typer(apikey_app, name="apikey")
+apikey_app.command("list")(apikey.list_keys)
+for command in (apikey.create, apikey.rotate, apikey.revoke):
+    apikey_app.command()(command)
 app.add_typer(registry_app, name="registry")
 registry_app.command("list")(registry.list_versions)
 for command in (registry.show, registry.history, registry.diff, registry.verify, registry.gc):
     registry_app.command()(command)
 for command in (registry.alias, registry.tag, registry.approve):
     registry_app.command()(command)
+app.add_typer(log_app, name="log")
+log_app.command("list")(log.list_segments)
+for command in (log.seal, log.show):
+    log_app.command()(command)
 app.command("lineage")(registry.show_lineage)
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import datetime
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from policies.registry import Registry, locate_registry
 from policies.storage import Storage, open_storage
@@ -21,6 +24,7 @@ from trimtab.loop_file import LoopConfig, load_loop_file, registry_of
 
 DONE, NEGATIVE, UNUSABLE, UNDECIDED, INTERRUPTED = 0, 1, 2, 3, 130
 DEFAULT_LOOP_FILE = Path("examples/cartpole.yaml")
+TABLE_WIDTH = 160  # of a table that goes into a file or a pipe
 
 console = Console(stderr=True)
 
@@ -40,6 +44,10 @@ OverrideOption = Annotated[
 ]
 KeyOption = Annotated[
     str | None, typer.Option("--key", metavar="NAME", help="Sign with this key of the storage root (`trimtab keys new NAME`).")
+]
+ExpiresOption = Annotated[
+    datetime.datetime | None,
+    typer.Option("--expires", formats=["%Y-%m-%d"], help="From this day (UTC) on it does not count."),
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the journal.")]
 
@@ -80,7 +88,12 @@ def load_key(context: Context, name: str | None) -> SigningKey | None:
 def connect(context: Context) -> Client:
     """Return a client of the endpoint that serves from the context's storage; raises `NotFound` when none does."""
     session = sessions.require_session(context.storage)
-    return Client(session.url, context.storage.api_key_file.read_text().strip())
+    return Client(session.url, context.storage.api_keys.owner_key())
+
+
+def start_of_day(day: datetime.datetime | None) -> float | None:
+    """Return when a day of `--expires` begins in UTC, in seconds since 1970."""
+    return None if day is None else day.replace(tzinfo=datetime.UTC).timestamp()
 
 
 def escape(text: str) -> str:
@@ -91,6 +104,13 @@ def escape(text: str) -> str:
 def say(text: str) -> None:
     """Tell a person something on stderr."""
     console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+def rendered(table: Table) -> str:
+    """Return a table as text."""
+    text = io.StringIO()
+    Console(file=text, width=TABLE_WIDTH).print(table)
+    return text.getvalue().rstrip()
 
 
 def output(as_json: bool, document: dict[str, Any], text: str) -> None:

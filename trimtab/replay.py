@@ -4,9 +4,12 @@ from typing import Any
 
 from policies.distributions import seed_of
 from policies.errors import NotFound
-from policies.records import find_decision
+from policies.log_reader import find_decision
+from policies.records import Decision
 from policies.registry import Registry
 from policies.storage import Storage
+
+MAX_STEPS = 5  # of the fallback ladder
 
 
 def replay(storage: Storage, policy_name: str, decision_id: str) -> dict[str, Any]:
@@ -17,6 +20,10 @@ def replay(storage: Storage, policy_name: str, decision_id: str) -> dict[str, An
     decision = find_decision(storage.decisions(policy_name), decision_id)
     if decision is None:
         raise NotFound(f"decision {decision_id!r} is not in {storage.decisions(policy_name)}")
+    if decision.version == 0:
+        raise NotFound(
+            f"decision {decision_id!r} was answered by the {decision.rung} step, not by a version: {decision.fallback}"
+        )
     bundle = Registry(storage.registry(policy_name)).bundle_of(decision.digest)
     policy = bundle.policy
     # Its bounds were checked when it came in, against those of the champion of that time, which may have been wider.
@@ -25,11 +32,20 @@ def replay(storage: Storage, policy_name: str, decision_id: str) -> dict[str, An
     mask_A = spaces.check_mask(decision.action_mask)
     parameters_P = policy.distributions(obs_D[None], None if mask_A is None else mask_A[None])[0]
     action, propensity = policy.distribution.choose(parameters_P, decision.mode, decision.seed)
+    seed = _seed_of_draw(decision)
+    # Under a shield the steps below the one that drew could have sent the same action: what is logged holds their share too.
+    is_equal = propensity == decision.propensity or (decision.shield is not None and propensity <= decision.propensity)
     return {
         "decision_id": decision_id,
         "version": decision.version,
         "digest": decision.digest,
         "logged": {"action": decision.action, "propensity": decision.propensity, "seed": decision.seed},
-        "recomputed": {"action": action, "propensity": propensity, "seed": seed_of(decision_id)},
-        "equal": (action, propensity, seed_of(decision_id)) == (decision.action, decision.propensity, decision.seed),
+        "recomputed": {"action": action, "propensity": propensity, "seed": seed},
+        "equal": action == decision.action and seed == decision.seed and is_equal,
     }
+
+
+def _seed_of_draw(decision: Decision) -> int:
+    """Return the seed of the decision's first draw, or of the step of the ladder whose draw was sent (`serve_app.rungs`)."""
+    steps = [decision.decision_id, *(f"{decision.decision_id}/{depth}" for depth in range(1, MAX_STEPS))]
+    return next((seed for seed in map(seed_of, steps) if seed == decision.seed), seed_of(decision.decision_id))

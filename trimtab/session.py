@@ -43,7 +43,7 @@ def serving(loop: LoopConfig, storage: Storage, *, champion: int, ray_address: s
     does not get ready in time.
     """
     from actors.detached import end_detached
-    from actors.monitor import start_monitor
+    from actors.monitor_process import start_monitor
     from actors.release_manager import start_release_manager
     from policies.telemetry import monitor_name, release_manager_name
     from serve_app.app import start_serving, stop_serving

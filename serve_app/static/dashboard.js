@@ -468,7 +468,7 @@ function replicasTable([replicas, plan, responses]) {
       ["Versions", (replica) => (replica.versions ?? []).map((version) => `v${version}`).join(", ") || "–"],
       ["Queue", (replica) => integer(replica.queue_depth), true],
       ["Answers", (replica) => responseText(replica.responses)],
-      ["Load failures", (replica) => failureText(replica.load_failures)],
+      ["Trouble", troubleText],
       ["Seen", (replica) => `${number(replica.age_s)} s ago`, true],
     ]),
     element("p", { class: "hint" }, `All replicas since they started: ${responseText(responses)}`),
@@ -483,16 +483,16 @@ function responseText(responses) {
   );
 }
 
-function failureText(failures) {
-  const text =
-    typeof failures === "object"
-      ? Object.entries(failures ?? {})
-          .map(([version, why]) => `v${version}: ${scalar(why)}`)
-          .join("; ")
-      : failures
-        ? String(failures)
-        : "";
-  return text ? element("span", { class: "bad-text" }, `✕ ${text}`) : "none";
+function troubleText(replica) {
+  const ofVersions = (found, what) =>
+    Object.entries(found ?? {}).map(([version, why]) => `v${version} ${what}: ${scalar(why)}`);
+  const lines = [
+    ...ofVersions(replica.load_failures, "not loaded"),
+    ...ofVersions(replica.breakers, "not asked"),
+    ...["registry_error", "keys_error"].filter((name) => replica[name]).map((name) => `${name}: ${scalar(replica[name])}`),
+    ...(replica.log?.state === "failing" ? [`log: ${scalar(replica.log.last_error)}`] : []),
+  ];
+  return lines.length ? element("span", { class: "bad-text" }, `✕ ${lines.join("; ")}`) : "none";
 }
 
 function monitorPanel([monitor, feedback, timeS]) {

@@ -15,7 +15,8 @@ WRITING_CALLS = [
     *("fsync", "fdatasync", "sync_file_range", "syncfs", "sync", "msync"),
 ]
 MARKER_CALLS = ["access", "faccessat", "faccessat2"]
-_LINE = re.compile(r"(?P<pid>\d+) +(?P<name>\w+)\((?P<arguments>.*)\) += (?P<result>\S+)")
+# A call that does not return because the process was killed has no result; with several threads its line stays unfinished.
+_LINE = re.compile(r"(?P<pid>\d+) +(?P<name>\w+)\((?P<arguments>.*)(\) += (?P<result>\S+)| <unfinished \.\.\.>$)")
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ def run_under_strace(command: list[str], log: Path, *, kill_at: Call | None = No
 
 
 def read_calls(log: Path) -> list[Call]:
-    """Return the calls of a process without threads in their order."""
+    """Return the calls of a process of which only one thread makes any, in their order."""
     matches = [match for match in map(_LINE.match, log.read_text().splitlines()) if match]
     assert len({match["pid"] for match in matches}) == 1, f"{log} has the calls of several threads or processes"
     num_calls: dict[str, int] = {}
     calls = []
     for match in matches:
         num_calls[match["name"]] = num_calls.get(match["name"], 0) + 1
-        calls.append(Call(match["name"], num_calls[match["name"]], match["arguments"], match["result"]))
+        calls.append(Call(match["name"], num_calls[match["name"]], match["arguments"], match["result"] or "?"))
     return calls

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 
-from actors.monitor import start_monitor
+from actors.monitor_process import start_monitor
 from actors.release_manager import start_release_manager
 from policies.errors import ClusterError
 from policies.registry import Registry, RegistryState, set_champion, start_release

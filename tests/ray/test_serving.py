@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from policies.errors import ClusterError
-from policies.records import Decision, LogTail
+from policies.log_reader import LogTail
+from policies.records import Decision
 from policies.registry import Registry, change_release
 from policies.storage import Storage, open_storage
 from policies.telemetry import ACTOR_NAMESPACE, monitor_name

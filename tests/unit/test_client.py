@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from policies.errors import ClusterError, RequestInvalid
+from policies.errors import ClusterError, Forbidden, RequestInvalid, Unauthorized
 from policies.storage import open_storage
 from serve_app.asgi import Request, Response
 from serve_app.config import ServingConfig
+from serve_app.http_api import Route
+from serve_app.keys import ApiKey
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, publish, random_policy
 from trimtab.client import Client
@@ -57,7 +59,7 @@ class Replicas:
     """Two replicas of one policy, with their lanes on an event loop of their own; the first one's stands for the endpoint."""
 
     def __init__(self, directory: Path) -> None:
-        storage = open_storage(directory)
+        self.storage = storage = open_storage(directory)
         publish(storage, random_policy(1))
         self.key = storage.api_key_file.read_text().strip()
         self.loop = asyncio.new_event_loop()
@@ -97,14 +99,27 @@ def test_a_replica_that_freezes_leaves_time_for_another_way(replicas: Replicas) 
 def test_an_endpoint_in_trouble_does_not_make_the_client_forget_the_replicas(replicas: Replicas) -> None:
     with Client(replicas.url, replicas.key) as client:
         client.decide([0.1, 0.2, 0.3, 0.4])
-        replicas.endpoint.api._routes["/v1/endpoints"] = ("GET", _unavailable)
+        replicas.endpoint.api.routes["/v1/endpoints"] = Route("GET", ("read",), _unavailable)
         client._lanes._looked_s = float("-inf")
         before = replicas.other._counters.responses[200]
         client.decide([0.1, 0.2, 0.3, 0.4])
         assert replicas.other._counters.responses[200] == before + 1
 
 
-async def _unavailable(request: Request) -> Response:
+def test_a_key_without_the_scope_is_told_apart_from_one_that_is_not_valid(replicas: Replicas) -> None:
+    _, reporter = replicas.storage.api_keys.create("reporter", ["feedback"], now=0.0)
+    replicas.endpoint._keys.refresh()
+    for key, error in ((reporter, Forbidden), ("tt-wrong", Unauthorized)):
+        with Client(replicas.url, key) as client, pytest.raises(error):
+            client.decide([0.1, 0.2, 0.3, 0.4])
+    with Client(replicas.url, replicas.key) as client:
+        decision = client.decide([0.1, 0.2, 0.3, 0.4])
+    with Client(replicas.url, reporter) as client, pytest.raises(Forbidden):
+        client.status()
+    assert decision["version"] == 1  # the control: the same request with a key that may
+
+
+async def _unavailable(request: Request, key: ApiKey | None) -> Response:
     return Response(503, b"{}")
 
 

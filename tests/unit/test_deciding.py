@@ -12,15 +12,19 @@ import pytest
 
 from policies.distributions import Categorical, Mode, Normal, seed_of
 from policies.errors import ConfigError, ServiceUnavailable
+from policies.log_reader import LogTail
 from policies.network import Gaussian
 from policies.observations import Box
+from policies.records import Decision
 from policies.spaces import Choices, Numbers, Spaces
+from policies.storage import open_storage
 from policies.traffic import Arm, TrafficPlan, assign
 from serve_app import rungs
 from serve_app.config import FallbackConfig, ServingConfig, ShieldConfig
 from serve_app.deciding import Answer, Decider, Rows
 from serve_app.variants import Snapshot, Variant
-from tests.serving_helpers import random_policy, snapshot_of, variant_of
+from tests.serving_helpers import NAME, publish, random_policy, read_new, snapshot_of, variant_of
+from tests.unit.test_many import ask, replica_of
 
 OBSERVATION = Box(np.full(1, -1, np.float32), np.ones(1, np.float32))
 
@@ -320,11 +324,6 @@ def test_a_tester_chooses_the_arm_and_the_mixture_is_that_arm() -> None:
 
 
 def test_declared_repairs_are_made_logged_and_nothing_else_is(tmp_path: Path) -> None:
-    from policies.records import Decision, LogTail
-    from policies.storage import open_storage
-    from tests.serving_helpers import NAME, publish, read_new
-    from tests.unit.test_many import ask, replica_of
-
     storage = open_storage(tmp_path / "storage")
     publish(storage, random_policy(1))
     replica = replica_of(storage, fallback={"repair": ["clip", "missing"], "fill": 0.25})

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from policies.errors import IntegrityError
-from policies.records import Feedback, LogTail, SegmentHeader
+from policies.log_reader import LogTail
+from policies.records import Feedback, SegmentHeader
 from serve_app.decision_log import SegmentWriter
 from tests.serving_helpers import read_new
 

@@ -1,9 +1,11 @@
 """The direct lane: real sockets and real HTTP clients get the same answers as through Serve, and misuse is bounded."""
 
 import asyncio
+import gzip
 import http.client
 import json
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any
 import aiohttp
 import pytest
 
-from policies.records import Decision, LogTail
+from policies.log_reader import LogTail
+from policies.records import Decision
 from policies.storage import Storage, open_storage
 from serve_app import direct
 from serve_app.asgi import Response
 from serve_app.config import ServingConfig
+from serve_app.http_api import Route
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, call, publish, random_policy, read_new
 
@@ -263,7 +267,7 @@ def test_an_answer_that_nobody_reads_does_not_keep_its_connection(storage: Stora
         monkeypatch.setattr(direct, name, 0.1)
 
     async def scenario(replica: PolicyReplica, port: int) -> None:
-        replica.api._routes["/large"] = ("GET", _large)
+        replica.api.routes["/large"] = Route("GET", (), _large)
         unread = socket.create_connection(("127.0.0.1", port))
         unread.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
         deadline = asyncio.get_running_loop().time() + 10
@@ -277,7 +281,7 @@ def test_an_answer_that_nobody_reads_does_not_keep_its_connection(storage: Stora
     run(storage, scenario)
 
 
-async def _large(request: Any) -> Response:
+async def _large(request: Any, key: Any) -> Response:
     return Response(200, bytes(32 << 20))
 
 
@@ -304,6 +308,27 @@ def test_a_body_that_grows_over_the_limit_is_refused(storage: Storage) -> None:
     data = head.encode() + b"".join(b"400\r\n" + b"x" * 0x400 + b"\r\n" for _ in range(3))
     ((answer,), closed) = run(storage, lambda replica, port: exchange(port, data, num_answers=1), max_body_bytes=2048)
     assert answer[0] == 413 and closed
+
+
+@pytest.mark.parametrize("path", ["/v1/decide", "/v1/feedback", f"/v2/models/{NAME}/infer"])
+def test_a_compressed_body_is_refused_and_never_unpacked(storage: Storage, path: str) -> None:
+    bomb = gzip.compress(b" " * 50_000_000)  # 50 kB that say 50 MB
+    assert len(bomb) < 100_000
+
+    async def scenario(replica: PolicyReplica, port: int) -> tuple[int, int, int]:
+        request = raw_request(storage, bomb, path=path, extra="content-encoding: gzip\r\n")
+        tracemalloc.start()
+        ((over_the_lane, _, _),), closed = await exchange(port, request, num_answers=1)
+        through_serve = await call(
+            replica.api, "POST", path, bomb, key=key_of(storage), extra_headers=[(b"content-encoding", b"gzip")]
+        )
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert closed
+        return over_the_lane, through_serve.status, peak
+
+    lane, serve, peak = run(storage, scenario)
+    assert (lane, serve) == (415, 415) and peak < 5_000_000
 
 
 def test_old_clients_and_those_that_ask_first_are_served(storage: Storage) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from policies.records import Feedback, LogTail
+from policies.log_reader import LogTail
+from policies.records import Feedback
 from policies.storage import Storage, open_storage
 from serve_app.config import ServingConfig
 from serve_app.replica import PolicyReplica

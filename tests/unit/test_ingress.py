@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import json
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,11 @@ import pytest
 from policies.distributions import seed_of
 from policies.errors import IntegrityError
 from policies.golden import Golden
+from policies.log_reader import LogTail
 from policies.network import Architecture, Gaussian, tensor_shapes
 from policies.observations import Box
 from policies.policy import Policy
-from policies.records import Decision, LogTail
+from policies.records import Decision
 from policies.registry import Registry
 from policies.spaces import Numbers, Spaces
 from policies.storage import Storage, open_storage
@@ -149,19 +152,70 @@ def test_the_line_is_in_the_file_before_the_answer_is_sent(storage: Storage) -> 
     assert ids_in_log_at_answer == [True, True]
 
 
-def test_what_cannot_be_logged_is_not_answered_and_service_resumes(storage: Storage) -> None:
+def no_space(lines: bytes) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_cannot_be_logged_is_not_answered_and_service_resumes(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.durable_log.RETRY_S", 0.0)
     replica = replica_of(storage)
-    append = replica._decisions.append
-
-    def no_space(lines: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    replica._decisions.append = no_space  # type: ignore[method-assign]
+    writer = replica._decisions._writer
+    append = writer.append
+    writer.append = no_space  # type: ignore[method-assign, assignment]
     replies = decide_all(storage, replica, [{"observation": [0, 0, 0, 0]}] * 3)
     assert [reply.status for reply in replies] == [503] * 3
     assert "No space left" in replies[0].error and replies[0].headers["retry-after"] == "1"
-    replica._decisions.append = append  # type: ignore[method-assign]
+    assert replica.report().log["state"] == "failing" and "No space" in replica.report().log["last_error"]
+    writer.append = append  # type: ignore[method-assign]
     assert decide_all(storage, replica, [{"observation": [0, 0, 0, 0]}])[0].status == 200
+    assert replica.report().log["state"] == "ok" and len(logged(storage)) == 1
+
+
+def test_where_it_is_so_configured_serving_goes_on_without_a_log_and_catches_up(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.durable_log.RETRY_S", 0.0)
+    replica = replica_of(storage, on_log_failure="answer")
+    writer = replica._decisions._writer
+    append = writer.append
+    writer.append = no_space  # type: ignore[method-assign, assignment]
+    replies = decide_all(storage, replica, [{"observation": [0, 0, 0, 0], "request_id": f"r{i}"} for i in range(3)])
+    assert [reply.status for reply in replies] == [200] * 3 and logged(storage) == []
+    assert (replica.report().log["num_unlogged"], replica.report().log["num_buffered"]) == (3, 3)
+    writer.append = append  # type: ignore[method-assign]
+    replica._decisions.retry()
+    assert [d.decision_id for d in logged(storage)] == [reply.json()["decision_id"] for reply in replies]
+
+
+def test_with_fsync_no_answer_leaves_before_the_disk_has_its_decision(storage: Storage) -> None:
+    """The disk is held up: meanwhile nothing is answered, and then everything that waited, after one more flush."""
+    replica, gate, num_flushes = replica_of(storage, durability="fsync"), threading.Event(), 0
+    commit = replica._decisions._commit
+    assert commit is not None
+    key = storage.api_key_file.read_text()
+
+    def slow(descriptor: int) -> None:
+        nonlocal num_flushes
+        num_flushes += 1
+        assert gate.wait(10)
+        os.fsync(descriptor)
+
+    commit._fsync = slow
+
+    async def run() -> list[int]:
+        async with asyncio.timeout(20):
+            calls = []
+            for _ in range(10):
+                calls.append(asyncio.create_task(call(replica.api, "POST", "/v1/decide", b'{"observation":[0,0,0,0]}', key=key)))
+                await asyncio.sleep(0.01)
+            assert not any(task.done() for task in calls) and len(logged(storage)) == 10, "written, and not answered"
+            gate.set()
+            statuses = [(await task).status for task in calls]
+            await replica._stop()
+            return statuses
+
+    assert asyncio.run(run()) == [200] * 10
+    assert 2 <= num_flushes <= 6, "what waited for the first flush shared the next ones"
 
 
 def test_the_same_request_id_gets_the_same_decision_from_every_replica(storage: Storage) -> None:

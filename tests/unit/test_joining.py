@@ -1,5 +1,7 @@
 """Is every reward joined once, to the right decision, in whatever order the logs are read?"""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -351,3 +353,36 @@ def test_without_the_rule_of_times_a_restart_would_count_other_overrides(monkeyp
     monkeypatch.setattr(Joiner, "_take_back_override", lambda self, episode, decision_id: None)
     records = a_day_of_overrides(np.random.default_rng(0))
     assert outcomes_in_steps(records, 1.0) != outcomes_in_steps(records, 400.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 50, 1000])
+def test_two_files_read_in_chunks_of_any_size_give_the_same_outcomes_in_the_same_order(chunk: int):
+    """A restarted monitor reads the furthest file first, a chunk at a time. Some episodes never end: they hold back only those
+    that began after them."""
+    rng = np.random.default_rng(3)
+    files: list[list[tuple[Decision, Feedback | None]]] = [[], []]
+    for number in range(400):
+        decision = make_decision(f"d{number:03d}", time_s=START_S + number / 10, episode_id=None)
+        feedback = (
+            None if number == 330 else Feedback(decision.decision_id, decision.time_s + rng.uniform(0.01, 3.0), number, True)
+        )
+        files[int(rng.integers(2))].append((decision, feedback))
+    now = START_S + 60
+    expected = list(range(330))
+
+    joiner, values = Joiner(reward_window_s=600.0), []
+    places = [0, 0]
+    feedbacks = sorted((f for file in files for _, f in file if f is not None), key=lambda f: f.time_s)
+    while any(place < len(file) for place, file in zip(places, files)):
+        heads = [file[place][0].time_s if place < len(file) else math.inf for place, file in zip(places, files)]
+        which = heads.index(min(heads))
+        for decision, _ in files[which][places[which] : places[which] + chunk]:
+            joiner.decision(decision, decision.version)
+        places[which] += chunk
+        heads = [file[place][0].time_s if place < len(file) else math.inf for place, file in zip(places, files)]
+        until_s = min(now, *heads)
+        while feedbacks and feedbacks[0].time_s <= until_s:
+            joiner.feedback(feedbacks.pop(0))
+        values += [outcome.value for outcome in joiner.settle(min(until_s, feedbacks[0].time_s if feedbacks else math.inf))]
+    values += [outcome.value for outcome in joiner.settle(now)]
+    assert values == expected

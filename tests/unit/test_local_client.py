@@ -19,10 +19,11 @@ from policies.errors import (
     ServiceUnavailable,
     Unauthorized,
 )
+from policies.log_reader import LogTail
 from policies.network import Architecture, Gaussian
 from policies.observations import Box, Categories, Group
 from policies.policy import Policy
-from policies.records import Decision, Feedback, LogTail
+from policies.records import Decision, Feedback
 from policies.registry import Registry, change_release
 from policies.spaces import Choices, Numbers, Spaces
 from policies.storage import Storage, open_storage

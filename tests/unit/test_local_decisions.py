@@ -12,7 +12,8 @@ import pytest
 from policies.bundle_reader import FILES, MANIFEST, read_bundle
 from policies.distributions import seed_of
 from policies.integrity import sha256_hex
-from policies.records import Decision, LogTail
+from policies.log_reader import LogTail
+from policies.records import Decision
 from policies.registry import Registry
 from policies.storage import Storage, open_storage
 from policies.traffic import TrafficPlan
@@ -229,6 +230,6 @@ def test_a_log_that_cannot_be_written_accepts_nothing(storage: Storage, monkeypa
     def full(lines: bytes) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(replica._decisions, "append", full)
+    monkeypatch.setattr(replica._decisions._writer, "append", full)
     reply = ask(storage, replica, "POST", "/v1/decisions", {"decisions": [decision(storage)]})
     assert reply.status == 503 and "no space left" in reply.error

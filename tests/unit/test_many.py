@@ -5,18 +5,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from policies.distributions import seed_of
-from policies.records import BATCH_PREFIX, Decision, LogTail
+from policies.errors import NotFound
+from policies.log_reader import LogTail
+from policies.records import BATCH_PREFIX, Decision
 from policies.registry import Registry, change_release
 from policies.storage import Storage, open_storage
 from policies.traffic import assign
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.replica import PolicyReplica
+from serve_app.wire import encode
 from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release
+from trimtab.replay import replay
 
 
 @pytest.fixture
@@ -261,3 +266,33 @@ def test_a_later_life_of_a_replica_remembers_what_the_earlier_one_logged(storage
     [again] = ask(storage, replica_of(storage), body)
     [conflict] = ask(storage, replica_of(storage), {**body, "unit_id": "x"})
     assert again.json() == first.json() and conflict.status == 409 and len(logged(storage)) == 1
+
+
+# --- replay ---
+
+
+def test_what_was_answered_under_a_shield_or_among_many_replays(storage: Storage) -> None:
+    config: dict[str, Any] = {"shield": {"low": 1}, "fallback": {"action": 1}}
+    publish(storage, random_policy(2))
+    release(storage, 2, weights=(0.5, 1.0))
+    replica = replica_of(storage, **config)
+    ask(storage, replica, {"observations": observations(60), "unit_ids": [f"u{i}" for i in range(60)]})
+    by_rung: dict[str, list[Decision]] = {}
+    for decision in logged(storage):
+        by_rung.setdefault(decision.rung, []).append(decision)
+    assert set(by_rung) == {"arm", "champion", "fixed"}
+    for decision in [*by_rung["arm"][:5], *by_rung["champion"][:5]]:
+        assert replay(storage, NAME, decision.decision_id)["equal"], decision
+    with pytest.raises(NotFound, match="answered by the fixed step"):
+        replay(storage, NAME, by_rung["fixed"][0].decision_id)
+
+
+@pytest.mark.parametrize("changed", ["action", "seed", "propensity"])
+def test_a_changed_line_does_not_replay(storage: Storage, changed: str) -> None:
+    ask(storage, replica_of(storage), {"observation": [0.1, 0.2, 0.3, 0.4], "request_id": "r"})
+    [path] = storage.decisions(NAME).glob("*.jsonl")
+    [decision] = logged(storage)
+    other = {"action": 1 - decision.action, "seed": decision.seed + 1, "propensity": decision.propensity / 2}[changed]
+    header, _ = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(header + encode(msgspec.structs.replace(decision, **{changed: other})) + b"\n")
+    assert not replay(storage, NAME, decision.decision_id)["equal"]

@@ -13,9 +13,10 @@ import pytest
 from policies.bundle import read_bundle, write_bundle
 from policies.errors import EnvironmentFailed, IntegrityError, RequestInvalid, SpaceUnsupported
 from policies.golden import Golden
+from policies.log_reader import LogTail
 from policies.network import Architecture
 from policies.policy import Policy
-from policies.records import Decision, LogTail
+from policies.records import Decision
 from policies.spaces import Spaces
 from policies.storage import Storage, open_storage
 from serve_app.config import ServingConfig

@@ -275,6 +275,16 @@ def report(replica: str, started_at_s: float, num_answers: int) -> dict:
     )
 
 
+def test_the_status_shows_whether_each_replica_can_write_its_log(tmp_path: Path):
+    monitor, now = World(tmp_path, population()).monitor(), START_S
+    failing = {"state": "failing", "since_s": 3.5, "last_error": "No space left", "num_unlogged": 7}
+    monitor.report({**report("a", 1.0, 1), "log": failing}, now)
+    earlier = report("b", 1.0, 1)
+    del earlier["log"]  # a replica of an earlier version
+    monitor.report(earlier, now)
+    assert [row["log"] for row in monitor.status(now)["replicas"]] == [failing, {}]
+
+
 def test_replica_reports_add_up_and_never_go_backwards(tmp_path: Path):
     world = World(tmp_path, population())
     monitor, now = world.monitor(), START_S

@@ -11,10 +11,11 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from policies.golden import Golden
+from policies.log_reader import LogTail
 from policies.network import Architecture, tensor_shapes
 from policies.observations import Box, Categories, Group
 from policies.policy import Policy
-from policies.records import Decision, LogTail
+from policies.records import Decision
 from policies.registry import Registry
 from policies.spaces import Choices, Spaces
 from policies.storage import Storage, open_storage
@@ -166,6 +167,16 @@ MALFORMED: dict[str, tuple[bytes, str | None, str]] = {
     "fewer bytes than it says": (HEADER + b"12345678", str(len(HEADER)), "8 bytes are left"),
     "more bytes than it says": (HEADER + b"\0" * 20, str(len(HEADER)), "4 bytes behind the last tensor"),
     "no JSON": (b"nonsense", None, "not JSON"),
+    "data that is nested without end": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":' + b"[" * 50_000 + b"]" * 50_000 + b"}]}",
+        None,
+        "not JSON",
+    ),
+    "data that is nested deeply": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":' + b"[" * 500 + b"1" + b"]" * 500 + b"}]}",
+        None,
+        "holds 1 items; expected 4",
+    ),
     "no inputs": (b"{}", None, "missing required field `inputs`"),
     "no input of that name": (
         b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}',

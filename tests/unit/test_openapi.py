@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from jsonschema import Draft202012Validator
 from schemathesis import GenerationMode
 
+from policies.log_reader import LogTail
 from policies.observations import Bits, Box, Categories, Group
-from policies.records import Decision, LogTail
+from policies.records import Decision
 from policies.storage import Storage, open_storage
 from serve_app.openapi import observation_schema, openapi_document
 from tests.served_replica import served

@@ -103,3 +103,15 @@ def test_a_segment_that_is_gone_is_no_error(tmp_path: Path) -> None:
     recall.catch_up()
     assert names(recall, "a") == []
     assert len(recall._others) == 0, "its descriptor is closed"
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xff", b"\x00", b'"'])
+def test_a_line_that_was_changed_is_taken_for_none(tmp_path: Path, damage: bytes) -> None:
+    recall, log = Recall(tmp_path, "me"), SegmentWriter(tmp_path, "decisions", "me")
+    path, offset = log.append(line("a"))
+    recall.remember(["a"], path, offset)
+    assert names(recall, "a") == ["a"]
+    data = bytearray(path.read_bytes())
+    data[offset + 20 : offset + 20 + len(damage)] = damage
+    path.write_bytes(data)
+    assert names(recall, "a") == []

@@ -2,6 +2,7 @@
 
 import base64
 import math
+import tracemalloc
 from pathlib import Path
 
 import msgspec
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from policies.errors import IntegrityError
-from policies.records import SCHEMA_VERSION, Decision, DecisionBatch, Feedback, LogTail, SegmentHeader, find_decision
+from policies.log_reader import LogTail, find_decision
+from policies.records import SCHEMA_VERSION, Decision, DecisionBatch, Feedback, SegmentHeader
 from tests.simulators import START_S, Segment, make_decision
 
 
@@ -86,14 +88,41 @@ def test_a_segment_of_another_kind_or_version_is_refused_and_the_others_are_read
     assert read_all(tail) == []
 
 
-def test_a_line_without_end_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("max_bytes", [100, 2000, 1 << 20])
+def test_a_line_longer_than_a_chunk_is_read_whole(tmp_path: Path, max_bytes: int):
     segment, tail = Segment(tmp_path, "decisions"), LogTail(tmp_path, Decision)
-    segment.append_bytes(line("a") + b"x" * 5000)
+    segment.append(make_decision("a"), make_decision("long", observation=[0.5] * 40_000), make_decision("c"))
     tail.look()
-    assert len(tail.read(max_bytes=2000)) == 1
-    with pytest.raises(IntegrityError):
-        tail.look()
+    ids = []
+    while records := tail.read(max_bytes):
+        ids += [record.decision_id for record in records]
+    assert ids == ["a", "long", "c"]
+
+
+def test_a_line_without_end_is_refused_at_the_limit_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("policies.log_reader.MAX_LINE_BYTES", 5000)
+    segment, tail = Segment(tmp_path, "decisions"), LogTail(tmp_path, Decision)
+    segment.append_bytes(line("a") + b"x" * 4999)
+    assert read_all(tail) == ["a"]
+    segment.append_bytes(b"x" * 5000)
+    tail.look()
+    with pytest.raises(IntegrityError, match=r"longer than 5000 bytes"):
         tail.read(max_bytes=2000)
+    assert read_all(tail) == []  # raised once
+
+
+def test_reading_a_line_without_end_takes_no_more_memory_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("policies.log_reader.MAX_LINE_BYTES", 1 << 20)
+    segment, tail = Segment(tmp_path, "decisions"), LogTail(tmp_path, Decision)
+    segment.append_bytes(line("a") + b"x" * (64 << 20))
+    tracemalloc.start()
+    with pytest.raises(IntegrityError):
+        while True:
+            tail.look()
+            tail.read()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 4 << 20  # the pieces, and joined: twice the limit
 
 
 def test_segments_are_read_nearly_in_the_order_of_time(tmp_path: Path):

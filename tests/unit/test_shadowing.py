@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from policies.distributions import seed_of
-from policies.records import Decision, LogTail, Override, Shadow
+from policies.log_reader import LogTail
+from policies.records import Decision, Override, Shadow
 from policies.storage import Storage, open_storage
 from serve_app import shadowing as shadowing_module
 from serve_app.replica import PolicyReplica

@@ -16,6 +16,7 @@ from trimtab.command import (
     DEFAULT_LOOP_FILE,
     DONE,
     Context,
+    ExpiresOption,
     JsonOption,
     KeyOption,
     LoopFile,
@@ -24,6 +25,7 @@ from trimtab.command import (
     load_key,
     open_context,
     output,
+    start_of_day,
 )
 
 VersionOption = Annotated[int | None, typer.Option(min=1, help="The registered version; default: the champion.")]
@@ -138,10 +140,7 @@ def keys_trust(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The public key (PEM).")],
     loop_file: LoopFile = DEFAULT_LOOP_FILE,
     name: Annotated[str | None, typer.Option("--name", help="What to call it; default: the file's name.")] = None,
-    expires: Annotated[
-        datetime.datetime | None,
-        typer.Option("--expires", formats=["%Y-%m-%d"], help="From this day (UTC) on it does not count."),
-    ] = None,
+    expires: ExpiresOption = None,
     storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -150,9 +149,8 @@ def keys_trust(
         public_pem = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"public key {file} cannot be read: {error.strerror}") from error
-    expires_at = None if expires is None else expires.replace(tzinfo=datetime.UTC).timestamp()
     store = _trust_store(loop_file, storage)
-    key = store.trust(public_pem, name=name or file.stem, expires_at=expires_at, now=time.time())
+    key = store.trust(public_pem, name=name or file.stem, expires_at=start_of_day(expires), now=time.time())
     output(as_json, _key_document(key), _key_line(key, time.time()))
     return DONE
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -112,7 +111,7 @@ def drive(
 
     context = open_context(loop_file, sets, storage)
     session = sessions.require_session(context.storage)
-    key = context.storage.api_key_file.read_text().strip()
+    key = context.storage.api_keys.owner_key()
     summary = run_population(
         context.loop.environment, session.url, key, episodes=episodes, seconds=seconds, concurrency=concurrency, seed=seed
     )
@@ -195,7 +194,7 @@ def serve_until_stopped(context: Context, cluster: Cluster, champion: int, start
         say(f"serving {session.policy} version {session.version} at {session.url} after {time.monotonic() - start_s:.1f} s")
         say(f"API key in {session.api_key_file}; dashboard at {session.url}/dashboard")
         say(f"try: {_curl_line(context, session)}")
-        key = Path(session.api_key_file).read_text().strip()
+        key = context.storage.api_keys.owner_key()
         with Client(session.url, key) as client:
             watch(console, lambda: _status_or_reason(client.status, session.policy))
 

@@ -1,7 +1,6 @@
 """`trimtab registry` and `trimtab lineage`: what the journal says, now or at a moment, and what a person adds to it."""
 
 import dataclasses
-import io
 import json
 import time
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from policies.bundle import Bundle
@@ -35,12 +33,11 @@ from trimtab.command import (
     escape,
     open_context,
     output,
+    rendered,
     say,
 )
 from trimtab.lineage import comparable, differences, lineage
 from trimtab.registry_text import SHORT, describe, lineage_text, moment, numbers_text, plan_text, switches_text
-
-TABLE_WIDTH = 160  # of a table that goes into a file or a pipe
 
 VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="A version's number, alias, or beginning of its digest.")]
 AtOption = Annotated[
@@ -65,7 +62,7 @@ def list_versions(
         cells = (str(row["version"]), row["digest"][:SHORT], row["verdict"], names, tags, approvers, registered)
         table.add_row(*map(escape, cells))
     _warn_of_torn(state)
-    output(as_json, {"versions": rows, "torn": state.torn}, _rendered(table) if rows else "no version is registered")
+    output(as_json, {"versions": rows, "torn": state.torn}, rendered(table) if rows else "no version is registered")
     return DONE
 
 
@@ -319,12 +316,6 @@ def _versions_text(numbers: tuple[int, ...]) -> str:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _rendered(table: Table) -> str:
-    text = io.StringIO()
-    Console(file=text, width=TABLE_WIDTH).print(table)
-    return text.getvalue().rstrip()
 
 
 def _warn_of_torn(state: RegistryState) -> None:
