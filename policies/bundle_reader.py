@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from policies.errors import IntegrityError, SpaceUnsupported
+from policies.errors import IntegrityError, NotFound, SpaceUnsupported
 from policies.golden import (
     MAX_GOLDEN_BYTES,
     NUM_GOLDEN,
@@ -102,6 +102,21 @@ def read_bundle(path: Path, *, expected_digest: str | None = None) -> Bundle:
 def read_verified(bundle: Bundle, name: str) -> bytes:
     """Return the bytes of one of a bundle's files, when they still are those that the manifest names."""
     return _verified(bundle.path / name, bundle.manifest["files"][name])
+
+
+def read_file_of(path: Path, name: str, *, digest: str) -> bytes:
+    """Return the verified bytes of one of a bundle's files, by a name from anywhere: it is looked up, and never made a path.
+
+    Raises `NotFound` for a name that the manifest does not have, `IntegrityError` for bytes that it does not describe.
+    """
+    manifest_bytes = _read_file(path / MANIFEST)
+    if (found := sha256_hex(manifest_bytes)) != digest:
+        raise IntegrityError(f"{path / MANIFEST}: sha256 is {found}, expected {digest}")
+    described = parse_json(manifest_bytes, str(path / MANIFEST))["files"]
+    known = next((file for file in MAX_FILE_BYTES if file == name and file in (MANIFEST, *described)), None)
+    if known is None:
+        raise NotFound(f"bundle {digest[:12]}… has no file {name!r:.100}; it has {MANIFEST} and {', '.join(sorted(described))}")
+    return manifest_bytes if known == MANIFEST else _verified(path / known, described[known])
 
 
 def _names_in(path: Path) -> list[str]:

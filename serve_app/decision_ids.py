@@ -2,12 +2,36 @@
 
 import hmac
 import secrets
+from dataclasses import dataclass
 
 from policies.distributions import seeds_of_many
 from policies.storage import Storage
 
 NAMES_PER_HASH = 64
+LEASE_S = 86_400.0  # how long a local client may name decisions, and so how long it may decide without hearing from us
+MAX_LEASE_KEYS = 4096  # remembered; each saves a keyed hash per id that is checked
 _TAG_HEX_DIGITS = 12  # 48 bits: guessing one takes 10^14 requests
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to name decisions without us, for a while: `<request_id>.<lease id>.<tag>`, the tag made with the lease's key.
+
+    The id begins with the second it was given in, as 8 hex digits. The key is a keyed hash of the id, so nobody keeps a list of
+    leases: whoever knows our secret can check any of them.
+    """
+
+    id: str
+    key: str
+    expires_at: float
+
+    def name(self, request_id: str) -> str:
+        """Return the decision id of a request id."""
+        return f"{request_id}.{self.tail(request_id)}"
+
+    def tail(self, request_id: str) -> str:
+        """Return what follows the request id, or `<request_id>:<index>`: many of one request share the keyed hash."""
+        return f"{self.id}.{_tag(self.key.encode(), request_id)}"
 
 
 class DecisionIds:
@@ -21,6 +45,7 @@ class DecisionIds:
         self._prefix = secrets.token_hex(8)  # of requests that came without an id
         self._num_batches = 0
         self._spare: list[tuple[str, str, int]] = []  # names that were made in advance
+        self._lease_keys: dict[str, bytes] = {}
 
     @classmethod
     def of(cls, storage: Storage) -> "DecisionIds":
@@ -52,10 +77,39 @@ class DecisionIds:
         return [f"{batch_id}:{index}.{tag}" for index in range(num)], seeds_of_many(f"{batch_id}.{tag}", num)
 
     def is_ours(self, decision_id: str) -> bool:
-        """Return whether a holder of our secret made this id."""
+        """Return whether a holder of our secret made this id, or one whom we gave a lease."""
         name, _, tag = decision_id.rpartition(".")
+        name, dot, lease_id = name.partition(".")
         request_id = name.partition(":")[0]
-        return hmac.compare_digest(tag.encode(), self._tag(request_id).encode())
+        key = self._lease_key(lease_id) if dot else self._secret
+        return hmac.compare_digest(tag.encode(), _tag(key, request_id).encode())
+
+    def lease(self, *, now: float) -> Lease:
+        """Return a new lease."""
+        lease_id = f"{int(now):08x}{secrets.token_hex(4)}"
+        return Lease(lease_id, self._lease_key(lease_id).decode(), int(now) + LEASE_S)
+
+    def _lease_key(self, lease_id: str) -> bytes:
+        key = self._lease_keys.get(lease_id)
+        if key is None:
+            if len(self._lease_keys) >= MAX_LEASE_KEYS:  # also of ids that somebody made up
+                self._lease_keys.clear()
+            # No request id has a colon, so no decision's tag says anything of a lease's key.
+            key = hmac.digest(self._secret, f"lease:{lease_id}".encode(), "sha256").hex().encode()
+            self._lease_keys[lease_id] = key
+        return key
 
     def _tag(self, request_id: str) -> str:
-        return hmac.digest(self._secret, request_id.encode(), "sha256").hex()[:_TAG_HEX_DIGITS]
+        return _tag(self._secret, request_id)
+
+
+def lease_began_at(decision_id: str) -> float | None:
+    """Return when the lease was given that a decision was named under; None for an id that was not."""
+    try:
+        return float(int(decision_id.split(".")[-2][:8], 16)) if decision_id.count(".") == 2 else None
+    except ValueError:
+        return None
+
+
+def _tag(key: bytes, request_id: str) -> str:
+    return hmac.digest(key, request_id.encode(), "sha256").hex()[:_TAG_HEX_DIGITS]

@@ -11,6 +11,7 @@ from serve_app.asgi import ClientGone, Receive, Request, Response, Scope, Send
 from serve_app.feedback import FeedbackIntake
 from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey, KeyRing
+from serve_app.local_decisions import LocalDecisions
 from serve_app.open_inference import OpenInference
 from serve_app.openapi import openapi_document
 from serve_app.overrides import OverrideIntake
@@ -23,6 +24,7 @@ RETRY_AFTER_S = 1
 PAGES = {"/dashboard": "index.html", "/dashboard/": "index.html", "/docs": "docs.html"}
 MODELS = "/v2/models/"
 DECISIONS, OVERRIDE = "/v1/decisions/", "/override"
+BUNDLES, BYTES = "/v1/bundles/", b"application/octet-stream"
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class HttpApi:
         files: dict[str, tuple[bytes, bytes]],
         open_inference: OpenInference,
         overrides: OverrideIntake,
+        local: LocalDecisions,
         own_endpoint: Callable[[], str | None],
         start: Callable[[], Awaitable[None]],
         stop: Callable[[], Awaitable[None]],
@@ -73,11 +76,14 @@ class HttpApi:
         self._stop = stop
         self._open_inference = open_inference
         self._overrides = overrides
+        self._local = local
         self.routes: dict[str, Route] = {
             "/v1/decide": Route("POST", ("decide",), self._decide),
             "/v1/feedback": Route("POST", ("feedback",), self._accept_feedback),
             "/v1/status": Route("GET", ("read",), self._show_status),
             "/v1/endpoints": Route("GET", ("decide", "read"), self._show_endpoints),
+            "/v1/plan": Route("GET", ("decide",), self._show_plan),
+            "/v1/decisions": Route("POST", ("decide",), self._accept_decisions),
             "/v2": Route("GET", ("decide", "read"), self._describe_server),
             "/v2/health/live": Route("GET", (), self._is_alive),
             "/v2/health/ready": Route("GET", (), self._is_ready),
@@ -129,6 +135,8 @@ class HttpApi:
             return Route("POST", ("decide",), self._infer) if is_post else Route("GET", ("decide", "read"), self._describe_model)
         if path.startswith(DECISIONS) and path.endswith(OVERRIDE):
             return Route("POST", ("operate",), self._override)
+        if path.startswith(BUNDLES):
+            return Route("GET", ("decide",), self._send_bundle_file)
         raise RequestInvalid(f"there is no {path:.200}; /docs lists what there is", 404)
 
     async def _answer(self, route: Route, method: str, request: Request) -> Response:
@@ -152,6 +160,16 @@ class HttpApi:
         assert key is not None
         decision_id = unquote(request.scope["path"].removeprefix(DECISIONS).removesuffix(OVERRIDE))
         return Response(200, await self._overrides.accept(decision_id, request, key_name=key.name))
+
+    async def _show_plan(self, request: Request, key: ApiKey | None) -> Response:
+        return Response(200, self._local.plan())
+
+    async def _send_bundle_file(self, request: Request, key: ApiKey | None) -> Response:
+        digest, _, name = request.scope["path"].removeprefix(BUNDLES).partition("/")
+        return Response(200, await self._local.bundle_file(digest, name), BYTES)
+
+    async def _accept_decisions(self, request: Request, key: ApiKey | None) -> Response:
+        return Response(200, await self._local.accept(request))
 
     async def _show_status(self, request: Request, key: ApiKey | None) -> Response:
         return Response(200, encode(await self._status.read()))

@@ -23,6 +23,7 @@ from serve_app.group_commit import GroupCommit
 from serve_app.http_api import HttpApi
 from serve_app.ingress import Ingress
 from serve_app.keys import KeyRing
+from serve_app.local_decisions import LocalDecisions
 from serve_app.open_inference import OpenInference
 from serve_app.overrides import OverrideIntake
 from serve_app.recall import Recall
@@ -74,6 +75,14 @@ class PolicyReplica:
             counters=self._counters,
             files=read_static_files(),
             overrides=OverrideIntake(decision_ids=decision_ids, log=self._overrides, max_body_bytes=settings.max_body_bytes),
+            local=LocalDecisions(
+                policy,
+                decision_ids=decision_ids,
+                variants=self._variants,
+                registry=Registry(storage.registry(policy)),
+                log=self._decisions,
+                config=settings,
+            ),
             open_inference=OpenInference(
                 policy, self._ingress, version=version("trimtab"), max_body_bytes=settings.max_body_bytes
             ),

@@ -1,23 +1,30 @@
 """Ask a served policy for decisions and report what came of them."""
 
+import random
+import threading
 import time
-import uuid
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import requests
+import urllib3
 
-from policies.errors import ClusterError, DecisionUnknown, Forbidden, Overloaded, RequestInvalid, RequestRefused, Unauthorized
+from policies.errors import RequestInvalid
+from trimtab import calls
+from trimtab.calls import FeedbackItem, Mode, Single
+from trimtab.coalescing import Coalescer, Kind, answers_of
+from trimtab.lanes import DirectLanes
+from trimtab.retrying import LEAST_TIMEOUT_S, Answered, Call, Failed, Pause, Send, Steps, exchange, retry_after_s
 
-RETRY_STATUSES = (429, 500, 502, 503, 504)
-CONNECT_TIMEOUT_S = 0.5  # to a replica's own port, which may be behind a firewall: then the endpoint is the way
-LOOK_INTERVAL_S, LOOK_TIMEOUT_S = 5.0, 1.0  # how often the endpoint is asked where the replicas are, and how long that may take
-ASIDE_S = 30.0
-FIRST_PAUSE_S = 0.05  # doubles per try: a replica that restarts is back after some of these, a full queue after one or two
+if TYPE_CHECKING:
+    from trimtab.local_client import LocalClient
+
+CHUNK_BYTES = 1 << 16
 
 
 class Client:
-    """A blocking client of one endpoint; keeps its connection open, use it as a context manager or call `close`.
+    """A blocking client of one endpoint; keeps its connections open, use it as a context manager or call `close`.
 
         with Client("http://127.0.0.1:8000", key) as client:
             decision = client.decide([0.1, 0.0, -0.02, 0.0], unit_id="user-17")
@@ -25,16 +32,31 @@ class Client:
 
     A call that fails on the way is repeated with the same `request_id` until `timeout_s` is over: the same id is the same
     decision, so repeating is safe. Where replicas have a direct lane the calls go there, in turn, and to the endpoint itself
-    when none answers; `direct=False` only asks the endpoint.
+    when none answers; `direct=False` only asks the endpoint. With `batch_window_ms`, `decide` calls of several threads that are
+    under way at the same time go together (see `trimtab.coalescing` for what a call may have to wait).
+
+    Threads may share one client: each has connections of its own. Forked processes may not, each makes its own.
     """
 
-    def __init__(self, url: str, key: str, *, timeout_s: float = 5.0, direct: bool = True) -> None:
+    def __init__(
+        self, url: str, key: str, *, timeout_s: float = 5.0, direct: bool = True, batch_window_ms: float | None = None
+    ) -> None:
         self._url = url.rstrip("/")
+        self._key = key
         self._lanes = DirectLanes() if direct else None
         self._timeout_s = timeout_s
-        self._session = requests.Session()
-        self._session.headers["Authorization"] = f"Bearer {key}"
-        self._session.trust_env = False  # a proxy from the environment has no business between us and our own endpoint
+        self._rng = random.Random()
+        self._coalescer = Coalescer(self._decide_together, window_s=batch_window_ms / 1000) if batch_window_ms else None
+        self._threads = threading.local()
+        self._sessions: dict[threading.Thread, requests.Session] = {}
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def local(url: str, key: str, **options: Any) -> "LocalClient":
+        """Return a client that decides in this process, see `trimtab.local_client.LocalClient` for its options."""
+        from trimtab.local_client import LocalClient  # here: who asks an endpoint needs no policy, and no numpy
+
+        return LocalClient(url, key, **options)
 
     def decide(
         self,
@@ -44,29 +66,85 @@ class Client:
         unit_id: str | None = None,
         episode_id: str | None = None,
         request_id: str | None = None,
+        mode: Mode | None = None,
+        explain: bool = False,
+        timeout_s: float | None = None,
     ) -> dict[str, Any]:
         """Return the decision for one observation (a number, lists or an object, as the policy's spaces say).
 
-        That is: action, decision_id, policy, version, arm, propensity, fallback. `action_mask` says which choices exist now.
+        That is: action, decision_id, policy, version, arm, propensity, fallback. `action_mask` says which choices exist now,
+        `mode` asks for another one than the version's own, `explain` for the reasons. `timeout_s` is this call's own limit.
 
-        Raises `RequestInvalid`, `Unauthorized`, `Forbidden`, `Overloaded` as the endpoint answers, `ClusterError` when nothing
-        answers.
+        Raises `RequestInvalid`, `Unauthorized`, `Forbidden`, `Overloaded` as the endpoint answers, `RequestConflict` for a
+        request id that was used for something else, `ClusterError` when nothing answers.
         """
-        body = {"observation": observation, "action_mask": action_mask, "unit_id": unit_id, "episode_id": episode_id}
-        body = {key: value for key, value in body.items() if value is not None}
-        return self._call("POST", "/v1/decide", {**body, "request_id": request_id or uuid.uuid4().hex})
+        one = calls.single(observation, action_mask=action_mask, unit_id=unit_id, episode_id=episode_id, request_id=request_id)
+        if self._coalescer is None:
+            return self.call(calls.decide(one, mode=mode, explain=explain), timeout_s)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return self._coalescer.decide(one, Kind(mode, explain, action_mask is not None, limit_s))
 
-    def feedback(self, decision_id: str, *, reward: float, final: bool = False) -> dict[str, Any]:
+    def decide_many(
+        self,
+        observations: Sequence[Any],
+        *,
+        action_masks: Sequence[Any] | None = None,
+        unit_id: str | None = None,
+        unit_ids: Sequence[str] | None = None,
+        episode_ids: Sequence[str | None] | None = None,
+        request_id: str | None = None,
+        request_ids: Sequence[str] | None = None,
+        mode: Mode | None = None,
+        explain: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return a decision per observation, in one request; lists are of the same length, what is no list is for all.
+
+        What is wrong with one of them is said in its place, `{"error": {"status": 422, "message": …}}`, and raised for none.
+        Raises as `decide` does for what is wrong with all.
+        """
+        call = calls.decide_many(
+            observations,
+            action_masks=action_masks,
+            unit_id=unit_id,
+            unit_ids=unit_ids,
+            episode_ids=episode_ids,
+            request_id=request_id,
+            request_ids=request_ids,
+            mode=mode,
+            explain=explain,
+        )
+        return answers_of(self.call(call, timeout_s), len(observations))
+
+    def feedback(self, decision_id: str, *, reward: float, final: bool = False, timeout_s: float | None = None) -> dict[str, Any]:
         """Report the reward of a decision; `final` says that its episode is over. Sent twice it counts once."""
-        return self._call("POST", "/v1/feedback", {"decision_id": decision_id, "reward": reward, "final": final})
+        return self.call(calls.feedback(decision_id, reward=reward, final=final), timeout_s)
 
-    def status(self) -> dict[str, Any]:
+    def feedback_many(self, items: Sequence[FeedbackItem], *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Report up to 1,000 rewards in one request: all are accepted, or none."""
+        return self.call(calls.feedback_many(items), timeout_s)
+
+    def override(self, decision_id: str, action: Any, reason: str, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Record that `action` was done instead of what was decided, and why: its outcome is not the policy's."""
+        return self.call(calls.override(decision_id, action, reason), timeout_s)
+
+    def status(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """Return what the monitor knows: plan, arms, release, versions."""
-        return self._call("GET", "/v1/status", None)
+        return self.call(calls.STATUS, timeout_s)
+
+    def call(self, call: Call, timeout_s: float | None = None) -> Any:
+        """Make any request with this client's retries; what the methods above are made of."""
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return self._follow(
+            exchange(call, url=self._url, lanes=self._lanes, timeout_s=limit_s, now_s=time.monotonic, rng=self._rng)
+        )
 
     def close(self) -> None:
-        """Close the connection."""
-        self._session.close()
+        """Close the connections of all threads."""
+        with self._lock:
+            for session in self._sessions.values():
+                session.close()
+            self._sessions = {}
 
     def __enter__(self) -> "Client":
         return self
@@ -74,90 +152,75 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        deadline, pause_s = time.monotonic() + self._timeout_s, FIRST_PAUSE_S
-        while True:
-            remaining_s = max(deadline - time.monotonic(), 0.001)
-            url = self._next_url(remaining_s)
-            is_direct = url != self._url
-            # One frozen replica must leave time for another way.
-            direct_s = min(remaining_s, self._timeout_s / 3)
-            timeout = (min(CONNECT_TIMEOUT_S, direct_s), direct_s) if is_direct else remaining_s
-            try:
-                response = self._session.request(method, url + path, json=body, timeout=timeout)
-                if response.status_code not in RETRY_STATUSES or remaining_s <= pause_s:
-                    return _answer(response)
-            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-                if is_direct:
-                    self._lanes.set_aside(url, now_s=time.monotonic())
-                    continue  # at once: there is another way
-                if remaining_s <= pause_s:
-                    raise ClusterError(f"{self._url} did not answer within {self._timeout_s:g} s: {error}") from error
-            except (requests.RequestException, ValueError) as error:
+    def _decide_together(self, ones: list[Single], kind: Kind, timeout_s: float) -> list[Any]:
+        if len(ones) == 1:  # as if there was no coalescing: the usual request is the cheapest
+            return [self.call(calls.decide(ones[0], mode=kind.mode, explain=kind.explain), timeout_s)]
+        answer = self.call(calls.together(ones, mode=kind.mode, explain=kind.explain), timeout_s)
+        return answers_of(answer, len(ones))
+
+    def _follow(self, steps: Steps) -> Any:
+        """Do what the steps say, one after the other, and return what they come to."""
+        outcome: Answered | Failed | None = None
+        try:
+            while True:
+                step = steps.send(outcome)
+                outcome = self._try(step) if isinstance(step, Send) else _pause(step)
+        except StopIteration as end:
+            return end.value
+
+    def _try(self, send: Send) -> Answered | Failed:
+        deadline_s = time.monotonic() + send.timeout_s
+        headers = {"Content-Type": "application/json"} if send.body is not None else {}
+        limits = (send.connect_timeout_s, send.timeout_s)
+        try:
+            with self._session().request(
+                send.method, send.url, data=send.body, headers=headers, timeout=limits, stream=True, allow_redirects=False
+            ) as response:
+                body = _body_of(response, deadline_s)
+                return Answered(response.status_code, body, retry_after_s(response.headers.get("Retry-After")))
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            if isinstance(error, ValueError):  # an address that is none, a header that cannot be: no try would be another one
                 raise RequestInvalid(f"the request cannot be sent: {error}") from error
-            time.sleep(pause_s)
-            pause_s *= 2
+            return Failed(error)
 
-    def _next_url(self, remaining_s: float) -> str:
-        """Return where the next try goes: a replica's own port, or the endpoint."""
-        if self._lanes is None or remaining_s <= 0.001:
-            return self._url
-        now_s = time.monotonic()
-        if self._lanes.are_old(now_s):
-            try:
-                response = self._session.get(f"{self._url}/v1/endpoints", timeout=min(LOOK_TIMEOUT_S, remaining_s))
-                urls = response.json()["endpoints"] if response.ok else None
-                urls = [] if response.status_code == 404 else urls  # an endpoint without direct lanes
-            except (requests.RequestException, ValueError, KeyError, TypeError):
-                urls = None  # the endpoint is away; the replicas may be there
-            self._lanes.replace(urls, now_s=now_s)
-        return self._lanes.next(now_s) or self._url
+    def _session(self) -> requests.Session:
+        """Return this thread's session: `requests` does not promise that threads may share one."""
+        session = getattr(self._threads, "session", None)
+        if session is None:
+            session = requests.Session()
+            session.headers["Authorization"] = f"Bearer {self._key}"
+            session.trust_env = False  # a proxy from the environment has no business between us and our own endpoint
+            self._threads.session = session
+            with self._lock:
+                self._close_those_of_ended_threads()
+                self._sessions[threading.current_thread()] = session
+        return session
 
-
-class DirectLanes:
-    """The replicas' own ports that are known, used in turn; one that failed is left alone for a while."""
-
-    def __init__(self) -> None:
-        self._urls: list[str] = []
-        self._looked_s = float("-inf")
-        self._aside_until_s: dict[str, float] = {}
-        self._num_taken = 0
-
-    def are_old(self, now_s: float) -> bool:
-        return now_s - self._looked_s >= LOOK_INTERVAL_S
-
-    def replace(self, urls: list[str] | None, *, now_s: float) -> None:
-        """Take in what the endpoint says; None keeps what is known."""
-        self._looked_s = now_s
-        if urls is not None:
-            self._urls = [str(url).rstrip("/") for url in urls]
-
-    def set_aside(self, url: str, *, now_s: float) -> None:
-        self._aside_until_s[url] = now_s + ASIDE_S
-
-    def next(self, now_s: float) -> str | None:
-        """Return the next one's URL, or None when there is none to use."""
-        usable = [url for url in self._urls if self._aside_until_s.get(url, 0.0) <= now_s]
-        if not usable:
-            return None
-        self._num_taken += 1
-        return usable[self._num_taken % len(usable)]
+    def _close_those_of_ended_threads(self) -> None:
+        """A process that starts a thread per job would otherwise keep a connection for each that ever was."""
+        for thread in [thread for thread in self._sessions if not thread.is_alive()]:
+            self._sessions.pop(thread).close()
 
 
-def _answer(response: requests.Response) -> dict[str, Any]:
-    if response.ok:
-        return response.json()
-    message = f"HTTP {response.status_code}: {_message(response)}"
-    kinds: dict[int, type[RequestRefused]] = {401: Unauthorized, 403: Forbidden, 404: DecisionUnknown, 429: Overloaded}
-    if response.status_code in kinds:
-        raise kinds[response.status_code](message)
-    if response.status_code < 500:
-        raise RequestInvalid(message, response.status_code)
-    raise ClusterError(message)
+def _pause(pause: Pause) -> None:
+    time.sleep(pause.seconds)
 
 
-def _message(response: requests.Response) -> str:
-    try:
-        return response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return response.text[:200]
+def _body_of(response: requests.Response, deadline_s: float) -> bytes:
+    """Read an answer to its end, and no longer than until the deadline.
+
+    A socket's own timeout is for each piece: an endpoint that sends a byte now and then would hold its caller for ever.
+    """
+    chunks, raw = [], response.raw
+    while True:
+        remaining_s = deadline_s - time.monotonic()
+        if remaining_s <= 0:
+            raise requests.ReadTimeout("the answer came too slowly")
+        socket = getattr(raw.connection, "sock", None)  # None once all is read
+        if socket is not None:
+            socket.settimeout(max(remaining_s, LEAST_TIMEOUT_S))
+        chunk = raw.read1(CHUNK_BYTES, decode_content=True)
+        if not chunk:
+            break
+        chunks.append(chunk)
+    return b"".join(chunks)

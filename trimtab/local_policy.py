@@ -51,7 +51,7 @@ class LocalPolicy:
         An observation is the environment's own: arrays, numbers, lists, or a dict or tuple of them. Raises `RequestInvalid` for
         one that is not in the space, `ServiceUnavailable` when the network overflows.
         """
-        observation, mask = self.spaces.split_mask(_as_json(observation), _as_json(action_mask))
+        observation, mask = self.spaces.split_mask(as_json(observation), as_json(action_mask))
         obs_D, mask_A = self.spaces.check_observation(observation), self.spaces.check_mask(mask)
         parameters_P = self._policy.distributions(obs_D[None], None if mask_A is None else mask_A[None])[0]
         if not np.isfinite(parameters_P).all():
@@ -67,12 +67,15 @@ def load(path: str | os.PathLike[str], expected_digest: str | None = None) -> Lo
     return LocalPolicy(read_bundle(Path(os.path.abspath(path)), expected_digest=expected_digest))
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return numpy's arrays and numbers, and tuples of them, as the lists and numbers that a request would hold."""
+    kind = type(value)
+    if kind is list and all([type(item) is float for item in value]):  # the usual one, and the only one that has to be fast
+        return value.copy()  # the caller may go on writing into it
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, Mapping):
-        return {name: _as_json(part) for name, part in value.items()}
+        return {name: as_json(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
+        return [as_json(item) for item in value]
     return value

@@ -17,7 +17,8 @@ from serve_app.http_api import Route
 from serve_app.keys import ApiKey
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, publish, random_policy
-from trimtab.client import ASIDE_S, LOOK_INTERVAL_S, Client, DirectLanes
+from trimtab.client import Client
+from trimtab.lanes import ASIDE_S, LOOK_INTERVAL_S, DirectLanes
 
 NOBODY_LISTENS = "http://127.0.0.1:9"
 

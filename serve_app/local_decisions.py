@@ -1,0 +1,180 @@
+"""What clients that decide in their own process get from a replica, and how their decisions come into the log.
+
+They get the traffic plan, the bundles of its versions and a lease, under which they name decisions. What they send back later is
+written as it came, once it was checked: that its id was made under a lease, at a time when that lease was in force, that its
+seed is that of its id, that its version is one of ours with this digest, and that something can be learned from its
+propensities. Trusted is the rest: observation, action and propensity are what the client says. `trimtab replay` recomputes them.
+"""
+
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from policies.bundle_reader import read_file_of
+from policies.distributions import seed_of
+from policies.errors import DecisionUnknown, NotFound, RequestInvalid, ServiceUnavailable, TrimtabError
+from policies.records import Decision
+from policies.registry import Registry
+from serve_app.asgi import Request
+from serve_app.config import ServingConfig
+from serve_app.decision_ids import LEASE_S, DecisionIds, lease_began_at
+from serve_app.durable_log import DecisionLog, Place
+from serve_app.variants import Snapshot, VariantStore
+from serve_app.wire import BodyDecoder, encode
+
+logger = logging.getLogger(__name__)
+
+MAX_DECISIONS = 1000
+MAX_CLOCK_SKEW_S = 300.0  # between a client's clock and ours; the log's times are what rewards are joined by
+MAX_NAME_LENGTH = 256  # of units and episodes, as in requests
+_LEASED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}(:[0-9]{1,19})?\.[0-9a-f]{16}\.[0-9a-f]{12}")
+
+
+class LocalDecisionsRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /v1/decisions."""
+
+    decisions: Annotated[list[Decision], Meta(min_length=1, max_length=MAX_DECISIONS)]
+
+
+_decoder = BodyDecoder(LocalDecisionsRequest, f'{{"decisions": [1 to {MAX_DECISIONS} decision records]}} and no other key')
+
+
+class LocalDecisions:
+    """Answers GET /v1/plan, GET /v1/bundles/<digest>/<file> and POST /v1/decisions.
+
+    `registry` is one of its own: it is read in a thread while the variants' is read in another.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        *,
+        decision_ids: DecisionIds,
+        variants: VariantStore,
+        registry: Registry,
+        log: DecisionLog,
+        config: ServingConfig,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._policy = policy
+        self._decision_ids = decision_ids
+        self._variants = variants
+        self._registry = registry
+        self._reading = asyncio.Lock()
+        self._log = log
+        self._max_body_bytes = config.max_body_bytes
+        self._has_shield = config.shield.is_on
+        self._wall_clock = wall_clock
+        self._digests: dict[int, str] = {}  # of the versions that were seen
+
+    def plan(self) -> bytes:
+        """Return the plan in force, its versions and a new lease.
+
+        Raises `RequestInvalid` where a shield stands between the versions and their callers: nobody takes it along.
+        """
+        if self._has_shield:
+            raise RequestInvalid("this policy is served behind a shield, which a local client does not have; ask the endpoint")
+        snapshot, lease = self._snapshot(), self._decision_ids.lease(now=self._wall_clock())
+        versions = {
+            str(version): {"digest": variant.digest, "mode": variant.mode} for version, variant in snapshot.variants.items()
+        }
+        return encode(
+            {
+                "policy": self._policy,
+                "plan": snapshot.plan.to_json(),
+                "versions": versions,
+                "lease": {"id": lease.id, "key": lease.key, "expires_at": lease.expires_at},
+            }
+        )
+
+    async def bundle_file(self, digest: str, name: str) -> bytes:
+        """Return a file of a bundle that is in force; raises `RequestInvalid` with 404 for any other."""
+        if digest not in [variant.digest for variant in self._snapshot().variants.values()]:
+            raise RequestInvalid(f"bundle {digest!r:.100} is not in force; GET /v1/plan says which are", 404)
+        try:
+            return await asyncio.to_thread(read_file_of, self._registry.bundles / digest, name, digest=digest)
+        except NotFound as error:
+            raise RequestInvalid(str(error), 404) from error
+
+    async def accept(self, request: Request) -> bytes:
+        """Write down decisions that were made elsewhere, all with one write or none; return `{"accepted": n}`.
+
+        Raises `RequestInvalid` or `DecisionUnknown` that name the first wrong one, `ServiceUnavailable` for those that this
+        replica cannot judge yet.
+        """
+        asked: LocalDecisionsRequest = _decoder.decode(await request.body(self._max_body_bytes))
+        await self._look_up([decision.version for decision in asked.decisions])
+        now, newest_plan = self._wall_clock(), self._snapshot().plan.number
+        for index, decision in enumerate(asked.decisions):
+            where = f"decision {index} ({decision.decision_id!r:.200})"
+            if decision.plan > newest_plan:
+                raise ServiceUnavailable(f"{where}: this replica is at plan {newest_plan}, it is of {decision.plan}; send again")
+            if not (_LEASED_ID.fullmatch(decision.decision_id) and self._decision_ids.is_ours(decision.decision_id)):
+                raise DecisionUnknown(f"{where} was not named under a lease of this deployment; nothing was accepted")
+            problem = _problem(decision, self._digests.get(decision.version), now)
+            if problem:
+                raise RequestInvalid(f"{where}: {problem}; nothing was accepted")
+        await self._write_down(asked.decisions)
+        return encode({"accepted": len(asked.decisions)})
+
+    def _snapshot(self) -> Snapshot:
+        snapshot = self._variants.snapshot
+        if snapshot is None:
+            raise ServiceUnavailable(f"no champion of {self._policy} is loaded: {self._variants.why_not_ready()}")
+        return snapshot
+
+    async def _look_up(self, versions: list[int]) -> None:
+        """Learn the digests of versions that this replica never answered with: it may be younger than the decisions."""
+        self._digests |= {version: variant.digest for version, variant in self._snapshot().variants.items()}
+        if set(versions) <= self._digests.keys():
+            return
+        async with self._reading:
+            state = await asyncio.to_thread(self._registry.state)
+        self._digests |= {number: version.digest for number, version in state.versions.items()}
+
+    async def _write_down(self, decisions: list[Decision]) -> None:
+        """Append them with one write, and wait until they are as durable as was asked for."""
+        logged: asyncio.Future[TrimtabError | None] = asyncio.get_running_loop().create_future()
+
+        def then(error: TrimtabError | None, place: Place | None) -> None:
+            if not logged.done():  # the client may be gone
+                logged.set_result(error)
+
+        self._log.append(b"".join([encode(decision) + b"\n" for decision in decisions]), len(decisions), then)
+        error = await logged
+        if error is not None:
+            logger.error("event=local_decisions_not_logged num_decisions=%d error=%r", len(decisions), str(error))
+            raise error
+
+
+def _problem(decision: Decision, digest: str | None, now: float) -> str | None:
+    """Say what is wrong with a decision; None when nothing is."""
+    began_at = lease_began_at(decision.decision_id)
+    assert began_at is not None, "its id was checked"
+    ended_at = min(began_at + LEASE_S, now)
+    if not began_at - MAX_CLOCK_SKEW_S <= decision.time_s <= ended_at + MAX_CLOCK_SKEW_S:
+        return (
+            f"time_s is {decision.time_s:.0f}, expected {began_at:.0f} to {ended_at:.0f}, when its lease was in force, and "
+            f"{MAX_CLOCK_SKEW_S:.0f} s around that; set the client's clock"
+        )
+    if digest is None or decision.digest != digest:
+        return f"version {decision.version} is {digest}, not {decision.digest!r:.80}"
+    if decision.seed != seed_of(decision.decision_id):
+        return f"seed is {decision.seed}, expected that of its id, {seed_of(decision.decision_id)}"
+    if not (0 < decision.propensity < math.inf and 0 < decision.mixture_propensity < math.inf):
+        return f"propensities are {decision.propensity} and {decision.mixture_propensity}, expected positive numbers"
+    names = (decision.unit_id, decision.episode_id or "-")
+    if not all(0 < len(name) <= MAX_NAME_LENGTH for name in names):
+        return f"unit_id and episode_id have {len(names[0])} and {len(names[1])} characters, expected 1 to {MAX_NAME_LENGTH}"
+    expected_rung = "arm" if decision.fallback is None else "champion"
+    terms = (decision.rung, decision.shield, decision.assigned, decision.repair)
+    if terms != (expected_rung, None, "plan", None):
+        return f"rung, shield, assigned and repair are {terms}, expected {(expected_rung, None, 'plan', None)}"
+    return None
