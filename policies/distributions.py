@@ -20,6 +20,7 @@ from policies.spaces import Choices, Numbers, Spaces
 Mode = Literal["greedy", "sample"]
 
 MAX_CHOICES_LISTED = 1000
+FEW_ROWS = 4  # one by one, so few are drawn faster than by arrays
 _ONE_OF_MANY = re.compile(r"(.+):([0-9]{1,5})\.([0-9a-f]+)")
 
 
@@ -77,7 +78,7 @@ class Categorical:
         return self.action.to_answer(np.array([index for index, _ in chosen])), math.prod(p for _, p in chosen)
 
     def choose_many(self, parameters_BP: np.ndarray, mode: Mode, seeds: list[int]) -> tuple[list[Any], list[float]]:
-        if not self._is_single:
+        if not self._is_single or len(seeds) < FEW_ROWS:
             return _each_chosen(self, parameters_BP, mode, seeds)
         if mode == "greedy":
             index_B, propensities = parameters_BP.argmax(axis=1), [1.0] * len(seeds)
@@ -91,7 +92,7 @@ class Categorical:
         return (index_B + start if start else index_B).tolist(), propensities
 
     def propensity_many(self, actions: list[Any], parameters_BP: np.ndarray, mode: Mode) -> list[float]:
-        if not self._is_single:
+        if not self._is_single or len(actions) < FEW_ROWS:
             return [self.propensity(action, parameters_P, mode) for action, parameters_P in zip(actions, parameters_BP)]
         index_B = np.array(actions) - self.action.starts[0]
         if mode == "greedy":
