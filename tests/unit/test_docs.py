@@ -98,6 +98,21 @@ def test_every_path_of_the_interface_is_described() -> None:
     assert paths_missing_in(without) == {"/v1/endpoints"}, "negative control: a path that is not named is noticed"
 
 
+def routes_missing_in(text: str) -> set[str]:
+    """Return the paths that stand in the code of the interface, or begin what stands there, and that the pages do not name."""
+    tree = ast.parse((ROOT / "serve_app" / "http_api.py").read_text())
+    constants = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    paths = {text for text in constants if re.fullmatch(r"/[a-z0-9./]+", text) and text not in ("/override", "/dashboard/")}
+    named = {span.split(" ")[-1] for span in spans(text)}
+    return {path for path in paths if not any(name.startswith(path) for name in named)}
+
+
+def test_every_path_that_is_answered_is_described_also_those_for_local_clients_and_browsers() -> None:
+    text = read("serving.md") + read("operations.md")
+    assert not routes_missing_in(text)
+    assert routes_missing_in(text.replace("/v1/plan", "/v1/x")) == {"/v1/plan"}, "negative control"
+
+
 # --- HTTP statuses and errors ---
 
 
