@@ -91,10 +91,14 @@ class Ingress:
 
     def ask(self, body: bytes, key: ApiKey, *, started_s: float, arm: bytes | None = None) -> Ask | ManyAsk:
         """Return what a body asks for; raises `RequestRefused`. A tester may name the `arm` that is to answer."""
+        snapshot, name = self.snapshot(), None
         if arm is not None:
             require(key, "operate")
-        spaces = self.snapshot().champion.policy.spaces
-        ask = self.reader.read(body, spaces, started_s, None if arm is None else arm.decode("latin-1"))
+            name = arm.decode("latin-1")
+            if all(name != found.name for found in snapshot.plan.arms):
+                arms = ", ".join(found.name for found in snapshot.plan.arms)
+                raise RequestInvalid(f"the plan has no arm {name!r:.80}; it has {arms}")
+        ask = self.reader.read(body, snapshot.champion.policy.spaces, started_s, name)
         if ask.mode is not None:
             self.check_mode(ask.mode)
         if ask.explain:

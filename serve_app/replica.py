@@ -18,6 +18,7 @@ from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
 from serve_app.direct import DirectLane
 from serve_app.durable_log import DecisionLog
+from serve_app.event_log import log_where_serve_does
 from serve_app.feedback import FeedbackIntake
 from serve_app.group_commit import GroupCommit
 from serve_app.http_api import HttpApi
@@ -97,6 +98,7 @@ class PolicyReplica:
 
     def __serve_build_asgi_app__(self) -> HttpApi:
         """Ray Serve asks for the ASGI application by this name, before it starts the server."""
+        log_where_serve_does()
         front.install(self._direct)
         return self.api
 

@@ -188,6 +188,25 @@ def test_an_oversized_chunked_body_is_answered_413_through_haproxy(endpoint: End
     assert endpoint.post(endpoint.connect(), "/v1/decide", {"observation": [0, 0, 0, 0]})[0] == 200
 
 
+def test_a_replicas_events_are_in_the_log_file_that_serve_keeps_for_it(endpoint: Endpoint) -> None:
+    import ray
+
+    keys = endpoint.storage.api_keys.path
+    good = keys.read_bytes()
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+
+    def events() -> str:
+        return "".join(path.read_text() for path in logs.glob(f"replica_trimtab-{NAME}_*.log"))
+
+    keys.write_bytes(b"{")
+    try:
+        wait_for(lambda: "event=keys_unreadable" in events(), 10, "the event")
+        assert endpoint.post(endpoint.connect(), "/v1/decide", {"observation": [0, 0, 0, 0]})[0] == 200, "the last good keys"
+    finally:
+        keys.write_bytes(good)
+    wait_for(lambda: "event=keys_readable_again" in events(), 10, "the event")
+
+
 def test_plan_changes_under_load_fail_no_request(endpoint: Endpoint) -> None:
     with Load(endpoint, num_clients=4) as load:
         wait_for(lambda: len(load.answers) > 50, 20, "traffic")

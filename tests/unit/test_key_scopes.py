@@ -274,7 +274,7 @@ def test_only_a_tester_chooses_the_arm_and_only_a_reader_sees_the_distribution(s
         shown = asyncio.run(ask(keys[name], explained))
         assert (chosen.status, shown.status) == statuses, name
     unknown = asyncio.run(ask(keys["tester"], GOOD, b"canary"))
-    assert unknown.status == 503 and "no arm 'canary'" in unknown.error
+    assert unknown.status == 422 and "no arm 'canary'" in unknown.error
 
 
 def test_the_direct_lane_knows_a_testers_choice_too(storage: Storage) -> None:
