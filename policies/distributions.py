@@ -9,6 +9,7 @@ B rows, O network outputs, P numbers of a distribution, A choices of all compone
 import hashlib
 import itertools
 import math
+import re
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from policies.spaces import Choices, Numbers, Spaces
 Mode = Literal["greedy", "sample"]
 
 MAX_CHOICES_LISTED = 1000
+_ONE_OF_MANY = re.compile(r"(.+):([0-9]{1,5})\.([0-9a-f]+)")
 
 
 class Distribution(Protocol):
@@ -256,8 +258,20 @@ def _as_sent(action_K: np.ndarray) -> np.ndarray:
 
 
 def seed_of(decision_id: str) -> int:
-    """Return the 53-bit sampling seed of a decision: the same id draws the same number on every replica, for ever."""
+    """Return the 53-bit sampling seed of a decision: the same id draws the same number on every replica, for ever.
+
+    It is taken from the SHA-256 of the id. Of one of many, `<batch>:<index>.<tag>`, it is that of its place in `seeds_of_many`.
+    """
+    one_of_many = _ONE_OF_MANY.fullmatch(decision_id)
+    if one_of_many is not None:
+        batch, index, tag = one_of_many.groups()
+        return seeds_of_many(f"{batch}.{tag}", int(index) + 1)[-1]
     return int.from_bytes(hashlib.sha256(decision_id.encode()).digest()[:8]) >> 11
+
+
+def seeds_of_many(name: str, num: int) -> list[int]:
+    """Return the 53-bit seeds of a batch's decisions from one SHAKE-256 of its name; a hash for each would cost too much."""
+    return (np.frombuffer(hashlib.shake_256(name.encode()).digest(8 * num), ">u8") >> np.uint64(11)).tolist()
 
 
 def uniform(seed: int) -> float:

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, UnsetType
 
+from policies.distributions import seed_of
 from policies.errors import RequestInvalid
 from policies.observations import Box
 from policies.spaces import Spaces
@@ -24,6 +25,7 @@ class Ask(NamedTuple):
     """
 
     decision_id: str
+    seed: int
     unit_id: str
     episode_id: str | None
     observation: Any
@@ -46,6 +48,7 @@ class ManyAsk(NamedTuple):
 
     batch_id: str
     decision_ids: list[str]
+    seeds: list[int]
     unit_ids: str | list[str]
     episode_ids: list[str | None] | None
     observations: Sequence[Any]
@@ -82,11 +85,13 @@ class AskReader:
         if asked.action_masks or asked.unit_ids or asked.episode_ids or asked.request_ids:
             raise RequestInvalid("action_masks, unit_ids, episode_ids and request_ids belong to `observations`")
         if asked.request_id is None:
-            request_id, decision_id = self._decision_ids.next()
+            request_id, decision_id, seed = self._decision_ids.next()
         else:
             request_id, decision_id = asked.request_id, self._decision_ids.name(asked.request_id)
+            seed = seed_of(decision_id)
         return Ask(
             decision_id,
+            seed,
             asked.unit_id or asked.episode_id or request_id,  # an episode without a unit keeps its arm too
             asked.episode_id,
             asked.observation,
@@ -159,7 +164,7 @@ class AskReader:
                 raise RequestInvalid(f"{name} has {len(values)} items for {num} observations; give one for each")
         if request_id is not None and request_ids is not None:
             raise RequestInvalid("both request_id and request_ids are given; leave one of them away")
-        batch_id, decision_ids, own_units = self._names(num, request_id=request_id, request_ids=request_ids)
+        batch_id, decision_ids, seeds, own_units = self._names(num, request_id=request_id, request_ids=request_ids)
         if unit_ids is None:
             unit_ids = own_units
             if episode_ids is not None:  # an episode without a unit keeps its arm too
@@ -167,6 +172,7 @@ class AskReader:
         return ManyAsk(
             batch_id,
             decision_ids,
+            seeds,
             unit_ids,
             episode_ids,
             observations,
@@ -182,14 +188,17 @@ class AskReader:
             is_all_or_nothing,
         )
 
-    def _names(self, num: int, *, request_id: str | None, request_ids: list[str] | None) -> tuple[str, list[str], list[str]]:
-        """Return the batch's id, the decisions' ids and, where nothing else says it, the units of many decisions."""
+    def _names(
+        self, num: int, *, request_id: str | None, request_ids: list[str] | None
+    ) -> tuple[str, list[str], list[int], list[str]]:
+        """Return the batch's id, the decisions' ids and seeds and, where nothing else says it, the units of many decisions."""
         if request_ids is not None:
             if len(set(request_ids)) != num:
                 raise RequestInvalid("request_ids holds an id twice; every decision needs one of its own")
-            return "", [self._decision_ids.name(name) for name in request_ids], request_ids
+            decision_ids = [self._decision_ids.name(name) for name in request_ids]
+            return "", decision_ids, [seed_of(name) for name in decision_ids], request_ids
         batch_id = request_id or self._decision_ids.new_batch()
-        return batch_id, self._decision_ids.names_within(batch_id, num), [f"{batch_id}:{i}" for i in range(num)]
+        return batch_id, *self._decision_ids.names_within(batch_id, num), [f"{batch_id}:{i}" for i in range(num)]
 
 
 def _number_decoder(spaces: Spaces) -> msgspec.json.Decoder | None:

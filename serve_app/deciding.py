@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from policies.distributions import Mode, seed_of
+from policies.distributions import Mode
 from policies.errors import ServiceUnavailable
 from policies.traffic import Arm, assign
 from serve_app.breaker import Breaker
@@ -33,6 +33,7 @@ class Rows(NamedTuple):
     """
 
     decision_ids: list[str]
+    seeds: list[int]
     unit_ids: list[str]
     obs_BD: np.ndarray
     mask_BA: np.ndarray | None
@@ -137,6 +138,7 @@ class Decider:
     def _decide_row(self, index: int, rows: Rows, snapshot: Snapshot, looks: _Looks) -> Answer | ServiceUnavailable:
         row = Row(
             rows.decision_ids[index],
+            rows.seeds[index],
             rows.obs_BD[index],
             None if rows.mask_BA is None else rows.mask_BA[index],
             rows.modes[index] if rows.modes else None,
@@ -179,7 +181,7 @@ class Decider:
 
 def _decide_usual(rows: Rows, snapshot: Snapshot, parameters: dict[int, np.ndarray]) -> list[Answer | ServiceUnavailable]:
     """Decide all rows at once, given that each version of the plan answers for each of them."""
-    plan, seeds = snapshot.plan, [seed_of(decision_id) for decision_id in rows.decision_ids]
+    plan, seeds = snapshot.plan, rows.seeds
     if len(plan.arms) == 1:
         return _sent_by(plan.arms[0], snapshot, parameters, seeds, keeps_distributions=rows.keeps_distributions)
     answers: list[Answer | ServiceUnavailable] = [None] * len(seeds)  # type: ignore[list-item]

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 from functools import cached_property
 
+from policies.distributions import seeds_of_many
 from policies.storage import Storage
 
 NAMES_PER_HASH = 64
@@ -50,7 +51,7 @@ class DecisionIds:
         self._hash = KeyedHash(secret)
         self._prefix = secrets.token_hex(8)  # of requests that came without an id
         self._num_batches = 0
-        self._spare: list[tuple[str, str]] = []  # names that were made in advance
+        self._spare: list[tuple[str, str, int]] = []  # names that were made in advance
         self._lease_hashes: dict[str, KeyedHash] = {}
 
     @classmethod
@@ -61,12 +62,12 @@ class DecisionIds:
         """Return the decision id of a request id."""
         return f"{request_id}.{self._tag(request_id)}"
 
-    def next(self) -> tuple[str, str]:
-        """Return a new request id and its decision id; one keyed hash, the dearest part, serves many of them."""
+    def next(self) -> tuple[str, str, int]:
+        """Return a new request id, its decision id and its seed; the hashes, the dearest part, serve many of them."""
         if not self._spare:
-            batch_id = self.new_batch()
-            decision_ids = self.names_within(batch_id, NAMES_PER_HASH)
-            self._spare = [(decision_id.rpartition(".")[0], decision_id) for decision_id in reversed(decision_ids)]
+            decision_ids, seeds = self.names_within(self.new_batch(), NAMES_PER_HASH)
+            names = [(name.rpartition(".")[0], name, seed) for name, seed in zip(decision_ids, seeds)]
+            self._spare = names[::-1]
         return self._spare.pop()
 
     def new_batch(self) -> str:
@@ -74,10 +75,13 @@ class DecisionIds:
         self._num_batches += 1
         return f"{self._prefix}{self._num_batches:x}"
 
-    def names_within(self, batch_id: str, num: int) -> list[str]:
-        """Return the decision ids `<batch_id>:<index>.<tag>` of a request for many decisions; they share the batch's tag."""
+    def names_within(self, batch_id: str, num: int) -> tuple[list[str], list[int]]:
+        """Return the decision ids `<batch_id>:<index>.<tag>` of a request for many decisions, and their seeds.
+
+        They share the batch's tag.
+        """
         tag = self._tag(batch_id)
-        return [f"{batch_id}:{index}.{tag}" for index in range(num)]
+        return [f"{batch_id}:{index}.{tag}" for index in range(num)], seeds_of_many(f"{batch_id}.{tag}", num)
 
     def is_ours(self, decision_id: str) -> bool:
         """Return whether a holder of our secret made this id, or one whom we gave a lease."""

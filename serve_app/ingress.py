@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,6 +153,7 @@ class Ingress:
         decided = [asks[row] for row in encoded.rows]
         rows = Rows(
             [ask.decision_id for ask in decided],
+            [ask.seed for ask in decided],
             [ask.unit_id for ask in decided],
             encoded.obs_BD,
             encoded.mask_BA,
@@ -189,6 +190,9 @@ class Ingress:
         keep = [place for place, row in enumerate(encoded.rows) if row not in told]
         rows = [encoded.rows[place] for place in keep]
         answers = self._answers_of_many(ask, encoded, keep, rows, snapshot)
+        if len(answers) == len(ask.decision_ids) and all([type(answer) is Answer for answer in answers]):
+            decisions = [one_of_many(ask, row, answer, encoded.repairs.get(row)) for row, answer in enumerate(answers)]
+            return self._draft_of_many(ask, encoded, rows, answers, DecideManyAnswer(self._policy, decisions), snapshot)
         decided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, Answer)}
         undecided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, RequestRefused)}
         if ask.is_all_or_nothing and undecided:
@@ -196,11 +200,18 @@ class Ingress:
         told |= {row: failure_of(answer) for row, answer in undecided.items()}
         told |= {row: one_of_many(ask, row, answer, encoded.repairs.get(row)) for row, answer in decided.items()}
         result = DecideManyAnswer(self._policy, [told[row] for row in range(len(ask.decision_ids))])
-        if not decided:
-            return Draft(result)
+        return (
+            self._draft_of_many(ask, encoded, list(decided), list(decided.values()), result, snapshot)
+            if decided
+            else Draft(result)
+        )
+
+    def _draft_of_many(
+        self, ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[Any], result: Any, snapshot: Snapshot
+    ) -> Draft:
         at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter())
-        line = encode(batch_of(ask, encoded, list(decided), list(decided.values()), at)) + b"\n"
-        names = [ask.batch_id] if ask.batch_id else [ask.decision_ids[row] for row in decided]
+        line = encode(batch_of(ask, encoded, rows, answers, at)) + b"\n"
+        names = [ask.batch_id] if ask.batch_id else [ask.decision_ids[row] for row in rows]
         return Draft(result, line, names if ask.is_named else ())
 
     def _encode_many(self, ask: ManyAsk, snapshot: Snapshot) -> Encoded:
@@ -219,6 +230,7 @@ class Ingress:
         return self._decide(
             Rows(
                 ask.decision_ids if is_all else [ask.decision_ids[row] for row in rows],
+                ask.seeds if is_all else [ask.seeds[row] for row in rows],
                 units if is_all else [units[row] for row in rows],
                 encoded.obs_BD if is_all else encoded.obs_BD[keep],
                 encoded.mask_BA if is_all or encoded.mask_BA is None else encoded.mask_BA[keep],
@@ -254,6 +266,7 @@ class Ingress:
         self._shadowing.offer(
             snapshot.shadows,
             [rows.decision_ids[row] for row in answered],
+            [rows.seeds[row] for row in answered],
             [answers[row].action for row in answered],  # type: ignore[union-attr]
             rows.obs_BD[answered],
             rows.mask_BA[answered] if rows.mask_BA is not None else None,

@@ -9,6 +9,15 @@ _VARIABLES = {
     # One datagram per request to a Python process that counts it costs more than the decision; replicas count their own.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",  # a connection that is silent within a request is closed; default: an hour
+    # A killed HAProxy is replaced after three failed checks. At Serve's 10 s between them it was away for 28 s, and for 58 s when
+    # the controller, which counts, was killed too; one check is one small call on the same node.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # A replica that dies within a request closes the connection without an answer, and the client would get a 500. HAProxy asks
+    # another one instead. Safe for us: with a `request_id` the log has the decision, and the same one is told; without one the
+    # first decision is in the log with an answer that nobody got, as it would be anyway, and feedback counts once however often
+    # it comes. It holds for all applications of the Serve instance: set it to `conn-failure` where others' requests must not
+    # be repeated. Requests larger than HAProxy's buffer (16 KiB) are not.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # HAProxy hears of a stopping replica within about half a second (0.1 s broadcast, 0.25 s health checks); the default of
     # 30 s is for load balancers outside, and would make every Ctrl-C wait.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",

@@ -19,9 +19,9 @@ from policies.records import BATCH_PREFIX, Decision, DecisionBatch
 logger = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 100_000  # names, twice as many at most: about 25 MB each
-RECENT_S = 300.0  # a segment that nobody wrote to for longer holds nothing that a client would still ask for
+RECENT_S = 300.0  # what a segment held when nobody had written to it for longer, no client would still ask for
 FIRST_LOOK_BYTES = 16 << 20  # of the end of each segment that another replica, or a former life, has written
-LOOK_INTERVAL_S = 0.5  # for new segments: a replica needs longer to start
+CLOCK_GRAIN_NS = 20_000_000  # of file times: two changes within a tick of the kernel's clock (1 to 10 ms) may bear one time
 
 _ID_START = b'{"decision_id":"'
 
@@ -54,7 +54,6 @@ class Recall:
         self._newer: dict[str, tuple[Path, int]] = {}
         self._older: dict[str, tuple[Path, int]] = {}
         self._others: dict[Path, Place] = {}
-        self._looked_s = float("-inf")
         self._seen_change_ns = -1
 
     def remember(self, names: Iterable[str], path: Path, offset: int) -> None:
@@ -66,10 +65,7 @@ class Recall:
 
     def catch_up(self) -> None:
         """Read what other replicas have appended since the last call."""
-        now_s = time.monotonic()
-        if now_s - self._looked_s >= LOOK_INTERVAL_S:
-            self._looked_s = now_s
-            self._look_for_segments()
+        self._look_for_segments()
         for place in list(self._others.values()):
             size = os.fstat(place.descriptor).st_size
             if size > place.offset:
@@ -93,13 +89,15 @@ class Recall:
         self._others = {}
 
     def _look_for_segments(self) -> None:
+        """Take in segments that are new; each time, since a replica that dies right after its first decision has left one."""
         try:
             change_ns = os.stat(self._directory).st_mtime_ns
         except FileNotFoundError:
             return
         if change_ns == self._seen_change_ns:
             return
-        self._seen_change_ns = change_ns
+        is_settled = time.time_ns() - change_ns > CLOCK_GRAIN_NS
+        self._seen_change_ns = change_ns if is_settled else -1
         found: set[Path] = set()
         for entry in os.scandir(self._directory):
             if entry.name.endswith(".jsonl") and not entry.name.startswith((self._own_writer, ".")):
@@ -111,15 +109,16 @@ class Recall:
             os.close(self._others.pop(path).descriptor)
 
     def _take_in(self, path: Path, stat: os.stat_result, found: set[Path]) -> None:
+        """Follow a segment from its last part on; one that was quiet for long from its end on: its writer may only be idle."""
+        found.add(path)
         if path in self._others:
-            found.add(path)
-        elif time.time() - stat.st_mtime < RECENT_S:
-            descriptor = os.open(path, os.O_RDONLY)
-            start = max(0, stat.st_size - FIRST_LOOK_BYTES)
-            if start:
-                start += os.pread(descriptor, 1 << 20, start).find(b"\n") + 1
-            self._others[path] = Place(path, descriptor, start)
-            found.add(path)
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        is_recent = time.time() - stat.st_mtime < RECENT_S
+        start = max(0, stat.st_size - FIRST_LOOK_BYTES) if is_recent else stat.st_size
+        if start and is_recent:
+            start += os.pread(descriptor, 1 << 20, start).find(b"\n") + 1
+        self._others[path] = Place(path, descriptor, start)
 
     def _read(self, place: Place, size: int) -> None:
         data = os.pread(place.descriptor, size - place.offset, place.offset)

@@ -81,6 +81,7 @@ class Row(NamedTuple):
     """What the ladder has to know of one request's observation. `mode` is what the request asks for, None: the version's own."""
 
     decision_id: str
+    seed: int
     obs_D: np.ndarray
     mask_A: np.ndarray | None
     mode: Mode | None
@@ -149,7 +150,7 @@ class Walk:
         """Draw until something acceptable comes; raises `ServiceUnavailable` when nobody has it."""
         violated = None if self._shield is None else ""
         for depth, rung in enumerate(self._rungs_again()):
-            seed = seed_of(self._row.decision_id if depth == 0 else f"{self._row.decision_id}/{depth}")
+            seed = self._row.seed if depth == 0 else seed_of(f"{self._row.decision_id}/{depth}")
             action = rung.choose(seed)
             wrong = self._shield.violated(self._row.obs_D, action) if self._shield is not None else None
             if wrong is None:

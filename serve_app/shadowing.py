@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from policies.distributions import seed_of
 from policies.records import Shadow
 from policies.shadowing import failed_shadow, shadow_record
 from serve_app.decision_log import SegmentWriter
@@ -25,6 +24,7 @@ _encode = msgspec.json.Encoder().encode
 class _Batch(NamedTuple):
     variants: tuple[Variant, ...]
     decision_ids: list[str]
+    seeds: list[int]
     actions: list[Any]  # what was sent
     obs_BD: np.ndarray
     mask_BA: np.ndarray | None
@@ -54,6 +54,7 @@ class Shadowing:
         self,
         variants: tuple[Variant, ...],
         decision_ids: list[str],
+        seeds: list[int],
         actions: list[Any],
         obs_BD: np.ndarray,
         mask_BA: np.ndarray | None,
@@ -62,7 +63,7 @@ class Shadowing:
         if self._num_waiting_rows + len(decision_ids) > MAX_WAITING_ROWS:
             self.num_left_out += len(decision_ids)
             return
-        self._waiting.append(_Batch(variants, decision_ids, actions, obs_BD, mask_BA))
+        self._waiting.append(_Batch(variants, decision_ids, seeds, actions, obs_BD, mask_BA))
         self._num_waiting_rows += len(decision_ids)
         if not self._is_scheduled:
             self._schedule()
@@ -99,6 +100,6 @@ def _answers(variant: Variant, batch: _Batch, now_s: float) -> list[Shadow]:
         return [failed_shadow(name, failure=failure, **what) for name in batch.decision_ids]
     distribution = variant.policy.distribution
     return [
-        shadow_record(name, action, seed=seed_of(name), distribution=distribution, parameters_P=parameters_P, **what)
-        for name, action, parameters_P in zip(batch.decision_ids, batch.actions, parameters_BP)
+        shadow_record(name, action, seed=seed, distribution=distribution, parameters_P=parameters_P, **what)
+        for name, seed, action, parameters_P in zip(batch.decision_ids, batch.seeds, batch.actions, parameters_BP)
     ]

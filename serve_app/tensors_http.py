@@ -179,5 +179,6 @@ def _dtype(tensor: InputTensor) -> np.dtype:
 def _to_bytes(datatype: str, values: Any) -> bytes:
     if datatype == BYTES:
         texts = [text.encode() for text in values]
-        return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+        lengths = {size: struct.pack("<I", size) for size in {len(text) for text in texts}}
+        return b"".join([lengths[len(text)] + text for text in texts])
     return np.ascontiguousarray(values, DTYPES[datatype]).tobytes()

@@ -50,7 +50,8 @@ def plan_of(canary_weight: float) -> TrafficPlan:
 
 def rows_of(num: int, **changes: Any) -> Rows:
     names = [f"d{number}" for number in range(num)]
-    return Rows(names, [f"u{number}" for number in range(num)], np.zeros((num, 1), np.float32), None)._replace(**changes)
+    seeds = [seed_of(name) for name in changes.get("decision_ids", names)]
+    return Rows(names, seeds, [f"u{number}" for number in range(num)], np.zeros((num, 1), np.float32), None)._replace(**changes)
 
 
 def decide(config: ServingConfig, snapshot: Snapshot, rows: Rows) -> list[Answer]:

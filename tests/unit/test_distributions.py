@@ -1,5 +1,6 @@
 """Distributions: what is drawn follows the distribution, and the propensity that is logged is the one it was drawn with."""
 
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 from gymnasium import spaces as gym_spaces
 from scipy import integrate, stats
 
-from policies.distributions import Categorical, Normal, distribution_of, seed_of
+from policies.distributions import Categorical, Normal, distribution_of, seed_of, seeds_of_many
 from policies.errors import SpaceUnsupported
 from policies.network import Architecture, Gaussian
 from policies.spaces import Choices, Numbers, Spaces
@@ -357,3 +358,13 @@ def test_many_real_actions_at_once_are_what_each_is_alone(mode: str) -> None:
     actions, propensities = distribution.choose_many(parameters_BP, mode, seeds)
     assert list(zip(actions, propensities)) == [distribution.choose(p, mode, s) for p, s in zip(parameters_BP, seeds)]
     assert distribution.propensity_many(actions, parameters_BP, mode) == propensities
+
+
+def test_a_decisions_seed_follows_from_its_name_for_ever() -> None:
+    """The first eight bytes of SHA-256, or of many the index-th eight of SHAKE-256 of the batch's name; 53 bits of them."""
+    assert seed_of("r-1.0123456789ab") == int.from_bytes(hashlib.sha256(b"r-1.0123456789ab").digest()[:8], "big") >> 11
+    shake = hashlib.shake_256(b"r-1.0123456789ab").digest(8 * 5)
+    expected = [int.from_bytes(shake[8 * row : 8 * row + 8], "big") >> 11 for row in range(5)]
+    assert seeds_of_many("r-1.0123456789ab", 5) == expected
+    assert [seed_of(f"r-1:{row}.0123456789ab") for row in range(5)] == expected
+    assert seed_of("any text: 1") == int.from_bytes(hashlib.sha256(b"any text: 1").digest()[:8], "big") >> 11

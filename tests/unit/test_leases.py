@@ -1,10 +1,12 @@
 """Who can name a decision so that we take it for ours?"""
 
+import hashlib
 import hmac
 import secrets
 
 import pytest
 
+from policies.distributions import seed_of
 from serve_app import decision_ids
 from serve_app.decision_ids import LEASE_S, DecisionIds, KeyedHash, Lease, lease_began_at
 
@@ -75,3 +77,10 @@ def test_the_keyed_hash_is_hmac(num_bytes: int) -> None:
     key = secrets.token_bytes(num_bytes)
     for text in ("", "r1", "x" * 500, "ä"):
         assert KeyedHash(key).tag(text) == hmac.digest(key, text.encode(), "sha256").hex()[:12]
+
+
+def test_the_seed_of_a_leased_name_is_its_own_and_costs_one_hash_whatever_its_index() -> None:
+    """A batch's seeds come from one long hash, up to the index; a local client counts without end."""
+    for index in (0, 7, 99_999, 10**15):
+        decision_id = f"r1:{index}.{IDS.lease(now=1e6).tail('r1')}"
+        assert seed_of(decision_id) == int.from_bytes(hashlib.sha256(decision_id.encode()).digest()[:8]) >> 11

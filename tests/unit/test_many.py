@@ -83,7 +83,7 @@ def test_each_of_many_replays_and_is_recognised(storage: Storage) -> None:
 
 def test_a_name_of_one_of_many_cannot_be_made_up(storage: Storage) -> None:
     ids = DecisionIds.of(storage)
-    [first, second] = ids.names_within("batch", 2)
+    [first, second], _ = ids.names_within("batch", 2)
     assert ids.is_ours(first) and ids.is_ours(second)
     tag = first.rpartition(".")[2]
     assert not ids.is_ours(f"other:0.{tag}") and not ids.is_ours(f"batch:0.{tag[:-1]}0{'1' if tag[-1] == '0' else ''}")

@@ -20,11 +20,6 @@ def names(recall: Recall, name: str) -> list[str]:
     return [decision.decision_id for decision in recall.find(name)]
 
 
-@pytest.fixture(autouse=True)
-def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recall_module, "LOOK_INTERVAL_S", 0.0)
-
-
 def test_what_another_replica_appends_is_found_once_it_is_whole(tmp_path: Path) -> None:
     recall, other = Recall(tmp_path, "me"), SegmentWriter(tmp_path, "decisions", "other")
     recall.catch_up()
@@ -64,7 +59,28 @@ def test_new_segments_and_those_of_replicas_that_ended_are_read(tmp_path: Path) 
     assert names(recall, "new") == ["new"]
 
 
-def test_segments_that_nobody_wrote_to_for_long_are_left_alone(tmp_path: Path) -> None:
+def test_the_first_decision_of_another_replica_is_found_at_once(tmp_path: Path) -> None:
+    """It may have died before it answered: its client asks the next one within milliseconds."""
+    recall = Recall(tmp_path, "me")
+    for number in range(50):  # several within one tick of the clock that file times are taken from
+        SegmentWriter(tmp_path, "decisions", f"other-{number}").append(line(f"d{number}"))
+        recall.catch_up()
+        assert names(recall, f"d{number}") == [f"d{number}"]
+
+
+def test_a_replica_that_was_idle_for_long_is_followed_when_it_decides_again(tmp_path: Path) -> None:
+    other = SegmentWriter(tmp_path, "decisions", "other")
+    other.append(line("old"))
+    [path] = tmp_path.glob("*.jsonl")
+    os.utime(path, (1.0, 1.0))
+    recall = Recall(tmp_path, "me")
+    recall.catch_up()
+    other.append(line("new"))  # changes the segment, not the directory
+    recall.catch_up()
+    assert names(recall, "old") == [] and names(recall, "new") == ["new"]
+
+
+def test_what_nobody_has_added_to_for_long_is_not_read(tmp_path: Path) -> None:
     SegmentWriter(tmp_path, "decisions", "ended").append(line("old"))
     [path] = tmp_path.glob("*.jsonl")
     os.utime(path, (1.0, 1.0))
