@@ -1,15 +1,17 @@
 """How a decision gets a name that every replica recognises as ours without looking it up."""
 
+import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
+from functools import cached_property
 
 from policies.distributions import seeds_of_many
 from policies.storage import Storage
 
 NAMES_PER_HASH = 64
 LEASE_S = 86_400.0  # how long a local client may name decisions, and so how long it may decide without hearing from us
-MAX_LEASE_KEYS = 4096  # remembered; each saves a keyed hash per id that is checked
+MAX_LEASE_HASHES = 4096  # remembered; each saves a keyed hash per id that is checked
 _TAG_HEX_DIGITS = 12  # 48 bits: guessing one takes 10^14 requests
 
 
@@ -31,7 +33,11 @@ class Lease:
 
     def tail(self, request_id: str) -> str:
         """Return what follows the request id, or `<request_id>:<index>`: many of one request share the keyed hash."""
-        return f"{self.id}.{_tag(self.key.encode(), request_id)}"
+        return f"{self.id}.{self._hash.tag(request_id)}"
+
+    @cached_property
+    def _hash(self) -> "KeyedHash":
+        return KeyedHash(self.key.encode())
 
 
 class DecisionIds:
@@ -42,10 +48,11 @@ class DecisionIds:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
+        self._hash = KeyedHash(secret)
         self._prefix = secrets.token_hex(8)  # of requests that came without an id
         self._num_batches = 0
         self._spare: list[tuple[str, str, int]] = []  # names that were made in advance
-        self._lease_keys: dict[str, bytes] = {}
+        self._lease_hashes: dict[str, KeyedHash] = {}
 
     @classmethod
     def of(cls, storage: Storage) -> "DecisionIds":
@@ -81,26 +88,46 @@ class DecisionIds:
         name, _, tag = decision_id.rpartition(".")
         name, dot, lease_id = name.partition(".")
         request_id = name.partition(":")[0]
-        key = self._lease_key(lease_id) if dot else self._secret
-        return hmac.compare_digest(tag.encode(), _tag(key, request_id).encode())
+        keyed = self._lease_hash(lease_id) if dot else self._hash
+        return hmac.compare_digest(tag.encode(), keyed.tag(request_id).encode())
 
     def lease(self, *, now: float) -> Lease:
         """Return a new lease."""
         lease_id = f"{int(now):08x}{secrets.token_hex(4)}"
-        return Lease(lease_id, self._lease_key(lease_id).decode(), int(now) + LEASE_S)
+        return Lease(lease_id, self._lease_key(lease_id), int(now) + LEASE_S)
 
-    def _lease_key(self, lease_id: str) -> bytes:
-        key = self._lease_keys.get(lease_id)
-        if key is None:
-            if len(self._lease_keys) >= MAX_LEASE_KEYS:  # also of ids that somebody made up
-                self._lease_keys.clear()
-            # No request id has a colon, so no decision's tag says anything of a lease's key.
-            key = hmac.digest(self._secret, f"lease:{lease_id}".encode(), "sha256").hex().encode()
-            self._lease_keys[lease_id] = key
-        return key
+    def _lease_hash(self, lease_id: str) -> "KeyedHash":
+        found = self._lease_hashes.get(lease_id)
+        if found is None:
+            if len(self._lease_hashes) >= MAX_LEASE_HASHES:  # also of ids that somebody made up
+                self._lease_hashes.clear()
+            found = self._lease_hashes[lease_id] = KeyedHash(self._lease_key(lease_id).encode())
+        return found
+
+    def _lease_key(self, lease_id: str) -> str:
+        # No request id has a colon, so no decision's tag says anything of a lease's key.
+        return hmac.digest(self._secret, f"lease:{lease_id}".encode(), "sha256").hex()
 
     def _tag(self, request_id: str) -> str:
-        return _tag(self._secret, request_id)
+        return self._hash.tag(request_id)
+
+
+class KeyedHash:
+    """HMAC-SHA-256 under one key, with the key's two blocks hashed in advance: half of what `hmac.digest` takes, 1 µs for 2."""
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, key: bytes) -> None:
+        block = (key if len(key) <= 64 else hashlib.sha256(key).digest()).ljust(64, b"\0")
+        self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in block))
+        self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in block))
+
+    def tag(self, text: str) -> str:
+        """Return the first digits of the hash: the tag of a decision's name."""
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(text.encode())
+        outer.update(inner.digest())
+        return outer.hexdigest()[:_TAG_HEX_DIGITS]
 
 
 def lease_began_at(decision_id: str) -> float | None:
@@ -109,7 +136,3 @@ def lease_began_at(decision_id: str) -> float | None:
         return float(int(decision_id.split(".")[-2][:8], 16)) if decision_id.count(".") == 2 else None
     except ValueError:
         return None
-
-
-def _tag(key: bytes, request_id: str) -> str:
-    return hmac.digest(key, request_id.encode(), "sha256").hex()[:_TAG_HEX_DIGITS]

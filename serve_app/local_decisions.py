@@ -7,7 +7,6 @@ propensities. Trusted is the rest: observation, action and propensity are what t
 """
 
 import asyncio
-import logging
 import math
 import re
 import time
@@ -28,8 +27,6 @@ from serve_app.decision_ids import LEASE_S, DecisionIds, lease_began_at
 from serve_app.durable_log import DecisionLog, Place
 from serve_app.variants import Snapshot, VariantStore
 from serve_app.wire import BodyDecoder, encode
-
-logger = logging.getLogger(__name__)
 
 MAX_DECISIONS = 1000
 MAX_CLOCK_SKEW_S = 300.0  # between a client's clock and ours; the log's times are what rewards are joined by
@@ -150,7 +147,6 @@ class LocalDecisions:
         self._log.append(b"".join([encode(decision) + b"\n" for decision in decisions]), len(decisions), then)
         error = await logged
         if error is not None:
-            logger.error("event=local_decisions_not_logged num_decisions=%d error=%r", len(decisions), str(error))
             raise error
 
 

@@ -67,7 +67,7 @@ class LocalClient:
         self._http = Client(url, key, timeout_s=timeout_s, direct=False)
         self._evaluating = threading.Lock()  # the evaluators' arrays are used by one thread at a time
         try:
-            self._plans = PlanFollower(self._send, Path(cache_dir) if cache_dir is not None else None)
+            self._plans = PlanFollower(self._send, Path(cache_dir).expanduser() if cache_dir is not None else None)
         except BaseException:
             self._http.close()
             raise

@@ -22,6 +22,9 @@ OPENED_BY = {
     "/v1/status": {"read"},
     "/v1/endpoints": {"decide", "read"},
     "/openapi.json": {"decide", "read"},
+    "/v1/plan": {"decide"},
+    "/v1/decisions": {"decide"},
+    f"/v1/bundles/{'0' * 64}/manifest.json": {"decide"},
     "/v2": {"decide", "read"},
     f"/v2/models/{NAME}": {"decide", "read"},
     f"/v2/models/{NAME}/infer": {"decide"},
@@ -78,7 +81,7 @@ def test_nothing_but_the_probes_and_the_dashboards_files_opens_without_a_key(sto
     """Whoever adds a route has to say here for whom it opens."""
     replica = replica_of(storage)
     files = {path for path in replica.api.routes if path.startswith("/dashboard/")}
-    with_names = {path for path in OPENED_BY if "/models/" in path or "/decisions/" in path}
+    with_names = {path for path in OPENED_BY if "/models/" in path or "/decisions/" in path or "/bundles/" in path}
     assert set(replica.api.routes) == set(OPENED_BY) - with_names | OPEN_TO_ALL | files
     for path in {*replica.api.routes, *with_names}:
         for key in (None, "tt-wrong"):

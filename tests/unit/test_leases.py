@@ -1,11 +1,14 @@
 """Who can name a decision so that we take it for ours?"""
 
+import hashlib
+import hmac
 import secrets
 
 import pytest
 
+from policies.distributions import seed_of
 from serve_app import decision_ids
-from serve_app.decision_ids import LEASE_S, DecisionIds, Lease, lease_began_at
+from serve_app.decision_ids import LEASE_S, DecisionIds, KeyedHash, Lease, lease_began_at
 
 IDS = DecisionIds(b"secret")
 
@@ -51,7 +54,7 @@ def test_a_lease_holder_cannot_name_decisions_of_the_endpoint_nor_make_a_longer_
 
 def test_a_lease_whose_tag_was_made_with_the_secret_itself_would_be_forged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: one key for all leases, and a holder can name under any other."""
-    monkeypatch.setattr(DecisionIds, "_lease_key", lambda self, lease_id: b"the same for all")
+    monkeypatch.setattr(DecisionIds, "_lease_key", lambda self, lease_id: "the same for all")
     ids = DecisionIds(b"secret")
     stolen = Lease(f"{int(2e9):08x}00000000", ids.lease(now=1e6).key, 2e9)
     assert ids.is_ours(stolen.name("r1"))
@@ -59,11 +62,25 @@ def test_a_lease_whose_tag_was_made_with_the_secret_itself_would_be_forged(monke
 
 def test_made_up_leases_do_not_fill_the_memory() -> None:
     ids = DecisionIds(b"secret")
-    for _ in range(decision_ids.MAX_LEASE_KEYS + 10):
+    for _ in range(decision_ids.MAX_LEASE_HASHES + 10):
         ids.is_ours(f"r.{secrets.token_hex(8)}.000000000000")
-    assert len(ids._lease_keys) <= decision_ids.MAX_LEASE_KEYS
+    assert len(ids._lease_hashes) <= decision_ids.MAX_LEASE_HASHES
 
 
 @pytest.mark.parametrize("decision_id", ["r.tag", "", "a.b.c.d", "r.nothex..", "r.zzzzzzzz.t"])
 def test_an_id_that_was_not_named_under_a_lease_has_no_beginning(decision_id: str) -> None:
     assert lease_began_at(decision_id) is None
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 32, 63, 64, 65, 200])
+def test_the_keyed_hash_is_hmac(num_bytes: int) -> None:
+    key = secrets.token_bytes(num_bytes)
+    for text in ("", "r1", "x" * 500, "ä"):
+        assert KeyedHash(key).tag(text) == hmac.digest(key, text.encode(), "sha256").hex()[:12]
+
+
+def test_the_seed_of_a_leased_name_is_its_own_and_costs_one_hash_whatever_its_index() -> None:
+    """A batch's seeds come from one long hash, up to the index; a local client counts without end."""
+    for index in (0, 7, 99_999, 10**15):
+        decision_id = f"r1:{index}.{IDS.lease(now=1e6).tail('r1')}"
+        assert seed_of(decision_id) == int.from_bytes(hashlib.sha256(decision_id.encode()).digest()[:8]) >> 11
