@@ -92,6 +92,26 @@ def openapi_document(policy: str, spaces: Spaces | None, *, version: str) -> dic
         },
         "/v1/status": {"get": _operation("Status of the whole loop", "read", anything, (401, 403, 429))},
         "/v1/endpoints": {"get": _operation("The replicas' own ports", "decide or read", anything, (401, 403, 429))},
+        "/v1/plan": {"get": _operation("The traffic plan, for local clients", "decide", anything, (401, 403, 429, 503))},
+        "/v1/bundles/{digest}/{file}": {
+            "get": _operation(
+                "One file of a bundle of the plan, for local clients", "decide", anything, (401, 403, 404, 429, 503)
+            ),
+            "parameters": [_path_parameter("digest"), _path_parameter("file")],
+        },
+        "/v1/decisions": {
+            "post": _operation(
+                "Log decisions that a local client made",
+                "decide",
+                accepted,
+                (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503),
+                {
+                    "type": "object",
+                    "properties": {"decisions": {"type": "array", "items": {"type": "object"}}},
+                    "required": ["decisions"],
+                },
+            )
+        },
         "/healthz": {"get": _operation("Is this replica alive?", None, anything, ())},
         "/readyz": {"get": _operation("Can it decide?", None, anything, (503,))},
         "/v2": {

@@ -89,13 +89,13 @@ def test_an_fsync_that_began_before_the_write_would_acknowledge_too_early(tmp_pa
             super()._ended(error)
 
     async def scenario() -> None:
-        log = Log(tmp_path, Disk(duration_s=0.01))
+        log = Log(tmp_path, Disk(duration_s=0.5))  # long enough for the second line to come while it runs, on any machine
         log.commit = Hasty(log.writer, timeout_s=10, fsync=log.disk.fsync)
         problems: list[dict] = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
-        for number in range(20):
+        for number in range(2):
             log.write(b"%d" % number)
-            await asyncio.sleep(0.003)
+            await asyncio.sleep(0.02)
         await log.commit.close()
         assert any("not on the disk" in str(problem["exception"]) for problem in problems)
 
