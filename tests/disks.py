@@ -27,9 +27,9 @@ class Disk:
 
     def fsync(self, descriptor: int) -> None:
         self.num_syncs += 1
+        stat = os.fstat(descriptor)  # as it begins: what is written while it runs it need not take along
         self.can_go_on.wait()
         time.sleep(self.duration_s)
-        stat = os.fstat(descriptor)
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         if path.is_dir():
             self._names |= set(path.iterdir())

@@ -89,7 +89,7 @@ def test_an_fsync_that_began_before_the_write_would_acknowledge_too_early(tmp_pa
             super()._ended(error)
 
     async def scenario() -> None:
-        log = Log(tmp_path, Disk(duration_s=0.5))  # long enough for the second line to come while it runs, on any machine
+        log = Log(tmp_path, Disk(duration_s=0.2))  # long enough for the second line to come while it runs, on any machine
         log.commit = Hasty(log.writer, timeout_s=10, fsync=log.disk.fsync)
         problems: list[dict] = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
