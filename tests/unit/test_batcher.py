@@ -144,3 +144,41 @@ def test_a_caller_that_went_away_takes_no_other_with_it() -> None:
         assert await stays == 20
 
     run(scenario)
+
+
+def is_refused_after(waited_s: float, *, batch_s: float = 0.0, max_batch_size: int = 1) -> bool:
+    """Return whether an item is refused when another has waited so long, after a batch that took so long."""
+    now_s = [0.0]
+
+    def handle(items: list[int], delivers: list[Deliver]) -> None:
+        now_s[0] += batch_s
+        recording([])(items, delivers)
+
+    async def scenario() -> bool:
+        batcher = Batcher(handle, max_batch_size=max_batch_size, max_queue=1000, now_s=lambda: now_s[0])
+        await batcher.answer(1)
+        answers: list[int] = []
+        batcher.submit(2, answers.append)
+        now_s[0] += waited_s
+        try:
+            batcher.submit(3, answers.append)
+        except Overloaded as error:
+            assert "the first for" in str(error)
+        await asyncio.sleep(0.01)
+        assert answers[0] == 20, "who was accepted is answered"
+        return answers == [20]
+
+    return run(scenario)
+
+
+def test_what_would_wait_long_is_refused_at_once() -> None:
+    assert is_refused_after(0.031) and not is_refused_after(0.029)
+
+
+def test_a_policy_whose_batches_take_long_may_have_some_of_them_wait() -> None:
+    """0.1 s a batch: up to 0.2 s are no overload."""
+    assert not is_refused_after(0.19, batch_s=0.1) and is_refused_after(0.21, batch_s=0.1)
+
+
+def test_what_the_next_batch_takes_is_never_refused_however_long_the_machine_stood_still() -> None:
+    assert not is_refused_after(10.0, max_batch_size=2)

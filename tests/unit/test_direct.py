@@ -413,3 +413,27 @@ def test_stopping_answers_what_was_asked_and_takes_nothing_more(storage: Storage
 
     (status, headers, _), rest, silence = run(storage, scenario)
     assert status == 200 and headers["connection"] == "close" and rest == silence == b""
+
+
+def test_a_refusal_for_a_full_queue_is_held_and_the_connection_goes_on(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[float] = []
+
+    async def scenario(replica: PolicyReplica, port: int) -> None:
+        loop = asyncio.get_running_loop()
+        call_later = loop.call_later
+
+        def noted(delay_s: float, callback: Callable[..., None], *arguments: Any) -> asyncio.TimerHandle:
+            held.extend([delay_s] if delay_s == direct.HOLD_REFUSAL_S else [])
+            return call_later(delay_s, callback, *arguments)
+
+        monkeypatch.setattr(loop, "call_later", noted)
+        full = raw_request(storage, {"observation": OBSERVATION})
+        answers = await asyncio.gather(*(exchange(port, full, num_answers=1) for _ in range(6)))
+        refused = [answer for [answer], _ in answers if answer[0] == 429]
+        assert refused and len(held) == len(refused) < 6, "some were decided, and only refusals were held"
+        assert {headers["retry-after"] for _, headers, _ in refused} == {"1"} and not any(closed for _, closed in answers)
+        [(status, _, _)], _ = await exchange(port, full, num_answers=1)
+        assert status == 200 and len(held) == len(refused)
+
+    monkeypatch.setattr(direct, "HOLD_REFUSAL_S", 0.123)
+    run(storage, scenario, max_queue=1)
