@@ -96,13 +96,13 @@ def _with_canary(storage: Storage, size: str) -> None:
 
 
 def _with_shadow(storage: Storage, size: str) -> None:
-    from policies.registry import set_shadows
+    from policies.registry_entries import set_shadows
 
     _append(storage, size, lambda state, version: set_shadows(state, (version,), override_gates=None, reason="benchmark"))
 
 
 def _with_holdout(storage: Storage, size: str) -> None:
-    from policies.registry import set_holdout
+    from policies.registry_entries import set_holdout
 
     _append(
         storage,
