@@ -24,6 +24,8 @@ bench: $(VENV)/.bench  ## the benchmarks of speed, one after the other; nothing 
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.serve_latency
+	$(BIN)/python -m benchmarks.serve_batches
+	$(BIN)/python -m benchmarks.serve_overheads
 	$(BIN)/python -m benchmarks.gates
 	$(BIN)/python -m benchmarks.bundle
 	$(BIN)/python -m benchmarks.exports

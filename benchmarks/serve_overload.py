@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paced_load import OBSERVATION, PacedLoad, Request, percentile
-from benchmarks.serve_latency import _stop, machine
+from benchmarks.serving.ray_apps import stop
+from benchmarks.serving.results import machine
 
 RESULT_FILE = Path(__file__).parent / "results" / "serve_overload.json"
 PEAK_CONNECTIONS, OVERLOAD_CONNECTIONS = 64, 2000
@@ -77,7 +78,7 @@ def measure(seconds: int, *, port: int) -> dict[str, Any]:
         [direct] = answer.json()["endpoints"]
         return {lane: overload(way, key, seconds=seconds) for lane, way in (("endpoint", url), ("direct", direct))}
     finally:
-        _stop()
+        stop()
 
 
 def overload(url: str, key: str, *, seconds: int) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paced_load import PacedLoad, Request, percentile
-from benchmarks.serve_latency import _stop, machine
+from benchmarks.serving.ray_apps import stop
+from benchmarks.serving.results import machine
 
 RESULT_FILE = Path(__file__).parent / "results" / "serve_swaps.json"
 NUM_REPLICAS = 2
@@ -53,7 +54,8 @@ def measure(num_swaps: int, *, port: int) -> dict[str, Any]:
     import ray
     import requests
 
-    from policies.records import Decision, LogTail
+    from policies.log_reader import LogTail
+from policies.records import Decision
     from policies.registry import Registry
     from policies.storage import open_storage
     from serve_app.app import start_serving
@@ -78,7 +80,7 @@ def measure(num_swaps: int, *, port: int) -> dict[str, Any]:
             time.sleep(rng.uniform(*PAUSE_S))
     finally:
         ended = {lane: [request for load in several for request in load.end()] for lane, several in loads.items()}
-        _stop()
+        stop()
     decided: dict[str, list[tuple[float, int]]] = {}
     for path in storage.decisions(NAME).glob("*.jsonl"):
         one = Path(tempfile.mkdtemp(prefix="serve-swaps-log-"))

@@ -22,6 +22,13 @@ DIRECTORY = REPOSITORY / ".venv-bench"
 INSTALL_TIMEOUT_S = 1_200.0  # PufferLib, the slowest, takes 2 to 3 minutes on two busy cores; the rest is for slow networks
 TORCH = "torch==2.13.0"  # one version for all, so that no peer is faster or slower by its torch
 
+ONNX_RUNTIME = ("onnxruntime==1.32.0", "numpy==2.4.6")  # one version for all, as of torch
+UVICORN = (
+    "uvicorn==0.54.0",
+    "uvloop==0.23.0",
+    "httptools==0.9.0",
+)  # all three servers stand on it; it takes the last two when there
+
 
 class EnvironmentUnavailable(Exception):
     """The environment of a peer cannot be made on this machine."""
@@ -55,6 +62,10 @@ ENVIRONMENTS = {
     "sample_factory": Environment(requirements=(TORCH, "numpy<2", "sample-factory==2.1.1")),
     # EnvPool brings its own LunarLander; Box2D and pygame are for Gymnasium's, in which the policy is judged.
     "envpool": Environment(requirements=(TORCH, "gymnasium>=1.2.2,<1.3", "envpool==1.2.5", "Box2D==2.3.10", "pygame>=2.6,<3")),
+    # Servers, see benchmarks/serve_peers/.
+    "fastapi": Environment(requirements=("fastapi==0.165.0", "orjson==3.13.0", *UVICORN, *ONNX_RUNTIME)),
+    "bentoml": Environment(requirements=("bentoml==1.4.40", *UVICORN, *ONNX_RUNTIME)),
+    "litserve": Environment(requirements=("litserve==0.2.19", *UVICORN, *ONNX_RUNTIME)),
 }
 
 

@@ -21,7 +21,8 @@ import msgspec
 import pytest
 
 from policies.errors import IntegrityError
-from policies.records import Decision, Feedback, LogTail
+from policies.log_reader import LogTail
+from policies.records import Decision, Feedback
 from policies.registry import Registry, change_release
 from policies.storage import Storage, open_storage
 from tests.log_audit import broken_rules

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from policies.errors import TrimtabError
-from policies.records import Decision, Feedback, LogTail
+from policies.log_reader import LogTail
+from policies.records import Decision, Feedback
 from policies.registry import Registry, change_release
 from policies.release import ReleaseConfig
 from policies.storage import open_storage
