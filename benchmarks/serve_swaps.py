@@ -55,7 +55,7 @@ def measure(num_swaps: int, *, port: int) -> dict[str, Any]:
     import requests
 
     from policies.log_reader import LogTail
-from policies.records import Decision
+    from policies.records import Decision
     from policies.registry import Registry
     from policies.storage import open_storage
     from serve_app.app import start_serving

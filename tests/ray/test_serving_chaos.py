@@ -46,7 +46,7 @@ ASKED_AGAIN, ASKED_AGAIN_S = 300, 200.0  # well within what replicas remember: `
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     import ray
 
-    from actors.monitor import start_monitor
+    from actors.monitor_process import start_monitor
     from actors.release_manager import start_release_manager
     from serve_app.app import start_serving, stop_serving
 
