@@ -76,6 +76,8 @@ class Ingress:
         self._request_modes = config.request_modes
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
+        # Named decisions that are written and not flushed yet, with the repetitions of their requests that came meanwhile.
+        self._unlogged: dict[str, list[tuple[Ask | ManyAsk, Deliver]]] = {}
         # What shadows are asked about when this batch's answers have left.
         self._shown: list[tuple[Rows, list[Answer | ServiceUnavailable]]] = []
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
@@ -246,12 +248,14 @@ class Ingress:
         )
 
     def _postpone_repeated(self, asks: list[Ask | ManyAsk], delivers: list[Deliver]) -> tuple[list[Ask | ManyAsk], list[Deliver]]:
-        """Leave each request's repetitions in this batch to the next one, where the first is in the log."""
+        """Leave a request's repetitions to a later batch, when the first is in the log: after this one, or when it is flushed."""
         seen: set[str] = set()
         first: list[int] = []
         for index, ask in enumerate(asks):
             name = name_of(ask) if ask.is_named else ""
-            if name not in seen:
+            if name in self._unlogged:
+                self._unlogged[name].append((ask, delivers[index]))
+            elif name not in seen:
                 first.append(index)
             else:
                 self.batcher.submit_again(ask, delivers[index], num_rows=num_rows_of(ask))
@@ -310,7 +314,13 @@ class Ingress:
         if not lines:
             return _let_go(drafts, delivers)
 
+        names = [name for draft in drafts for name in draft.names]
+        self._unlogged.update((name, []) for name in names)
+
         def logged(error: TrimtabError | None, place: Place | None) -> None:
+            repeated = [entry for name in names for entry in self._unlogged.pop(name)]
+            for ask, deliver in repeated:
+                self.batcher.submit_again(ask, deliver, num_rows=num_rows_of(ask))
             if error is not None:
                 return _let_go([Draft(error) if draft.line else draft for draft in drafts], delivers)
             if place is not None:

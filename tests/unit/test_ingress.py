@@ -218,6 +218,31 @@ def test_with_fsync_no_answer_leaves_before_the_disk_has_its_decision(storage: S
     assert 2 <= num_flushes <= 6, "what waited for the first flush shared the next ones"
 
 
+@pytest.mark.parametrize("durability", ["write", "fsync"])
+def test_repetitions_that_come_while_the_first_is_being_flushed_are_one_decision(storage: Storage, durability: str) -> None:
+    replica, key, gate = replica_of(storage, durability=durability), storage.api_key_file.read_text(), threading.Event()
+    commit = replica._decisions._commit
+    if commit is not None:
+        commit._fsync = lambda descriptor: (gate.wait(10), os.fsync(descriptor))[1]
+
+    async def run() -> list[Reply]:
+        async with asyncio.timeout(20):
+            calls = []
+            for number in range(6):  # some in one batch, some in later ones; the last one has another body
+                body = json.dumps({"observation": [0.1 if number < 5 else 0.2, 0, 0, 0], "request_id": "r"}).encode()
+                calls.append(asyncio.create_task(call(replica.api, "POST", "/v1/decide", body, key=key)))
+                await asyncio.sleep(0.01 * (number % 2))
+            gate.set()
+            replies = [await task for task in calls]
+            await replica._stop()
+            return replies
+
+    replies = asyncio.run(run())
+    assert [reply.status for reply in replies] == [200] * 5 + [409]
+    assert len({reply.body for reply in replies[:5]}) == 1 and len(logged(storage)) == 1
+    assert replica._ingress._unlogged == {}
+
+
 def test_the_same_request_id_gets_the_same_decision_from_every_replica(storage: Storage) -> None:
     bodies = [{"observation": obs, "request_id": f"r-{index}"} for index, obs in enumerate(observations(20))]
     first = [reply.json() for reply in decide_all(storage, replica_of(storage), bodies)]
