@@ -47,6 +47,9 @@ def killed(exchange: Exchange) -> None:
 PASSING = {
     "503 and Retry-After": lambda exchange: exchange.refuse(503, Retry_After="0.01"),
     "429": lambda exchange: exchange.refuse(429),
+    "the 404 of a proxy that has no routes yet": lambda exchange: exchange.answer(
+        404, {"detail": "Path '/v1/decide' not found."}
+    ),
     "500": lambda exchange: exchange.refuse(500),
     "hangs up": lambda exchange: exchange.hang_up(),
     "killed in the middle of its answer": killed,

@@ -200,3 +200,19 @@ def test_every_outcome_has_a_verdict() -> None:
         verdict = judge(Answered(status, b""), is_direct=False, num_pauses=0, remaining_s=1.0, rng=rng).verdict
         assert verdict is (Verdict.AGAIN if status in retrying.RETRY_STATUSES else Verdict.ANSWER)
     assert judge(Failed(OSError()), is_direct=False, num_pauses=0, remaining_s=0.0, rng=rng).verdict is Verdict.GIVE_UP
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict"),
+    [
+        (b'{"error":{"status":404,"message":"decision x was not made by this deployment"}}', Verdict.ANSWER),
+        (b"Path '/v1/decide' not found. Ping http://.../-/routes for available routes.", Verdict.AGAIN),
+        (b"<html>404</html>", Verdict.AGAIN),
+        (b'{"error":"no"}', Verdict.AGAIN),
+    ],
+)
+def test_a_404_that_is_not_ours_comes_from_a_proxy_that_has_not_heard_of_us_yet(body: bytes, verdict: Verdict) -> None:
+    outcome = Answered(404, body)
+    judged = judge(outcome, is_direct=False, num_pauses=0, remaining_s=5.0, rng=random.Random(0))
+    assert judged.verdict is verdict
+    assert retrying._endpoints(outcome) == ([] if verdict is Verdict.ANSWER else None), "the lanes that are known stay"
