@@ -91,6 +91,18 @@ def test_a_name_of_one_of_many_cannot_be_made_up(storage: Storage) -> None:
     assert not ids.is_ours(f"other:0.{tag}") and not ids.is_ours(f"batch:0.{tag[:-1]}0{'1' if tag[-1] == '0' else ''}")
 
 
+def test_no_client_can_ask_for_what_was_named_for_somebody_else(storage: Storage) -> None:
+    """Else it could have the next unnamed requests of others logged first, for an observation of its own."""
+    replica = replica_of(storage)
+    [first] = ask(storage, replica, {"observation": [0, 0, 0, 0]})
+    prefix = first.json()["decision_id"].partition(":")[0]
+    body = {"observations": [[1, 0, 0, 0]] * 3, "request_id": prefix}
+    stolen, second = ask(storage, replica, body, {"observation": [0, 0, 0, 0]})
+    assert (stolen.status, second.status) == (422, 200)
+    names = [decision.decision_id for decision in logged(storage)]
+    assert len(set(names)) == len(names) == 2
+
+
 def test_alone_or_among_many_a_named_request_gets_the_same_decision(storage: Storage) -> None:
     obs, names = observations(8), [f"n{i}" for i in range(8)]
     together = ask(storage, replica_of(storage), {"observations": obs, "request_ids": names, "unit_id": "u"})[0].json()[
@@ -366,7 +378,7 @@ def test_what_was_answered_under_a_shield_or_among_many_replays(storage: Storage
     publish(storage, random_policy(2))
     release(storage, 2, weights=(0.5, 1.0))
     replica = replica_of(storage, **config)
-    ask(storage, replica, {"observations": observations(60), "unit_ids": [f"u{i}" for i in range(60)]})
+    ask(storage, replica, {"observations": observations(1000), "unit_ids": [f"u{i}" for i in range(1000)]})
     by_rung: dict[str, list[Decision]] = {}
     for decision in logged(storage):
         by_rung.setdefault(decision.rung, []).append(decision)
