@@ -49,7 +49,8 @@ class DecisionIds:
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
         self._hash = KeyedHash(secret)
-        self._prefix = secrets.token_hex(8)  # of requests that came without an id
+        # Of requests that came without an id. A client's own has no `~`, so none can ask for what was named for somebody else.
+        self._prefix = f"~{secrets.token_hex(8)}"
         self._num_batches = 0
         self._spare: list[tuple[str, str, int]] = []  # names that were made in advance
         self._lease_hashes: dict[str, KeyedHash] = {}

@@ -76,8 +76,8 @@ class Ingress:
         self._request_modes = config.request_modes
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
-        # Named decisions that are written and not flushed yet, with the repetitions of their requests that came meanwhile.
-        self._unlogged: dict[str, list[tuple[Ask | ManyAsk, Deliver]]] = {}
+        # Names of decisions whose lines are being flushed, and who asks for one of them again meanwhile.
+        self._being_logged: dict[str, list[tuple[Ask | ManyAsk, Deliver]]] = {}
         # What shadows are asked about when this batch's answers have left.
         self._shown: list[tuple[Rows, list[Answer | ServiceUnavailable]]] = []
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
@@ -128,9 +128,9 @@ class Ingress:
         snapshot, now_s = self.snapshot(), time.perf_counter()
         self._shown = []
         drafts: dict[int, Draft] = {}
+        repeated: list[tuple[Ask | ManyAsk, Deliver]] = []
         if any([ask.is_named for ask in asks]):
-            asks, delivers = self._postpone_repeated(asks, delivers)
-            self._recall.catch_up()
+            asks, delivers, repeated = self._without_repeated(asks, delivers)
             drafts = self._from_the_log(asks, snapshot)
         for index, ask in enumerate(asks):
             if ask.deadline_s < now_s:
@@ -145,6 +145,7 @@ class Ingress:
         ordered = [drafts[index] for index in range(len(asks))]
         num_decisions = sum([num_rows_of(ask) for ask, draft in zip(asks, ordered) if draft.line])
         self._write_down(ordered, delivers, num_decisions, snapshot)
+        self._postpone(repeated)  # last: when something above raises, everybody in the batch is told so, and only once
 
     def _decide_singles(self, asks: list[Ask], snapshot: Snapshot) -> list[Draft]:
         """Return a draft for each of the requests for one decision, which are decided together."""
@@ -247,21 +248,30 @@ class Ingress:
             snapshot,
         )
 
-    def _postpone_repeated(self, asks: list[Ask | ManyAsk], delivers: list[Deliver]) -> tuple[list[Ask | ManyAsk], list[Deliver]]:
-        """Leave a request's repetitions to a later batch, when the first is in the log: after this one, or when it is flushed."""
+    def _without_repeated(
+        self, asks: list[Ask | ManyAsk], delivers: list[Deliver]
+    ) -> tuple[list[Ask | ManyAsk], list[Deliver], list[tuple[Ask | ManyAsk, Deliver]]]:
+        """Return the batch without requests for what is being logged, or is asked for by an earlier one of it; and those."""
         seen: set[str] = set()
         first: list[int] = []
+        repeated: list[tuple[Ask | ManyAsk, Deliver]] = []
         for index, ask in enumerate(asks):
-            name = name_of(ask) if ask.is_named else ""
-            if name in self._unlogged:
-                self._unlogged[name].append((ask, delivers[index]))
-            elif name not in seen:
-                first.append(index)
+            names = names_of(ask)
+            if any([name in seen or name in self._being_logged for name in names]):
+                repeated.append((ask, delivers[index]))
             else:
-                self.batcher.submit_again(ask, delivers[index], num_rows=num_rows_of(ask))
-            if name:
-                seen.add(name)
-        return [asks[index] for index in first], [delivers[index] for index in first]
+                first.append(index)
+                seen.update(names)
+        return [asks[index] for index in first], [delivers[index] for index in first], repeated
+
+    def _postpone(self, repeated: list[tuple[Ask | ManyAsk, Deliver]]) -> None:
+        """Have requests answered when what they repeat is in the log: in the next batch, or once it is flushed."""
+        for ask, deliver in repeated:
+            waiting = next((self._being_logged[name] for name in names_of(ask) if name in self._being_logged), None)
+            if waiting is not None:
+                waiting.append((ask, deliver))
+            else:
+                self.batcher.submit_again(ask, deliver, num_rows=num_rows_of(ask))
 
     def _decide(self, rows: Rows, snapshot: Snapshot) -> list[Answer | ServiceUnavailable]:
         answers = self.decider.decide(rows, snapshot)
@@ -283,6 +293,11 @@ class Ingress:
     def _from_the_log(self, asks: list[Ask | ManyAsk], snapshot: Snapshot) -> dict[int, Draft]:
         """Return what was decided for requests that came before: the same id is the same decision, whatever the plan is now."""
         drafts: dict[int, Draft] = {}
+        try:
+            self._recall.catch_up()
+        except OSError as error:  # who has no name is answered nevertheless
+            refusal = ServiceUnavailable(f"what other replicas have logged cannot be read: {error}")
+            return {index: Draft(refusal) for index, ask in enumerate(asks) if ask.is_named}
         for index, ask in enumerate(asks):
             logged = self._recall.find(name_of(ask)) if ask.is_named and name_of(ask) else []
             if logged:
@@ -315,12 +330,18 @@ class Ingress:
             return _let_go(drafts, delivers)
 
         names = [name for draft in drafts for name in draft.names]
-        self._unlogged.update((name, []) for name in names)
+        waiting: list[tuple[Ask | ManyAsk, Deliver]] = []
+        is_over = False
 
         def logged(error: TrimtabError | None, place: Place | None) -> None:
-            repeated = [entry for name in names for entry in self._unlogged.pop(name)]
-            for ask, deliver in repeated:
-                self.batcher.submit_again(ask, deliver, num_rows=num_rows_of(ask))
+            nonlocal is_over
+            is_over = True
+            for name in names:
+                self._being_logged.pop(name, None)
+            answer(error, place)
+            self._postpone(waiting)
+
+        def answer(error: TrimtabError | None, place: Place | None) -> None:
             if error is not None:
                 return _let_go([Draft(error) if draft.line else draft for draft in drafts], delivers)
             if place is not None:
@@ -330,6 +351,8 @@ class Ingress:
                 self._offer_to_shadows(rows, answers, snapshot)
 
         self._log.append(lines, num_decisions, logged)
+        if not is_over:
+            self._being_logged.update(dict.fromkeys(names, waiting))
 
     def _remember(self, drafts: list[Draft], path: Path, offset: int) -> None:
         for draft in drafts:
@@ -341,6 +364,13 @@ class Ingress:
 def name_of(ask: Ask | ManyAsk) -> str:
     """Return what a request may be known by already; empty for many decisions that have names of their own."""
     return ask.decision_id if isinstance(ask, Ask) else ask.batch_id
+
+
+def names_of(ask: Ask | ManyAsk) -> Sequence[str]:
+    """Return all that a request asks for under a name that its client gave: decisions, or one request for many."""
+    if not ask.is_named:
+        return ()
+    return (name_of(ask),) if name_of(ask) else ask.decision_ids  # type: ignore[union-attr]
 
 
 def num_rows_of(ask: Ask | ManyAsk) -> int:

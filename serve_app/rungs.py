@@ -109,13 +109,15 @@ class Ladder:
         self.shield = Shield(config.shield) if config.shield.is_on else None
         self._rule = load_function(config.fallback.rule, "serving.fallback.rule") if config.fallback.rule else None
         self._config = config.fallback
+        self._request_modes = config.request_modes
 
     def check(self, variant: Variant) -> None:
         """Raise `ConfigError` if a version cannot be served with this ladder."""
         if self._config.action is not None:
             check_action(variant.policy.spaces, self._config.action, "serving.fallback.action")
         if self.shield is not None:
-            self.shield.require_computable(variant.policy.distribution, variant.mode)
+            for mode in (variant.mode, *self._request_modes):
+                self.shield.require_computable(variant.policy.distribution, mode)
 
     def walk(self, row: Row, versions: list[tuple[records.Rung, Variant]], look: Look) -> "Walk":
         """Return the way down for one row and one arm, whose versions are named from the top."""

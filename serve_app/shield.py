@@ -64,7 +64,11 @@ class Shield:
         if isinstance(distribution, Normal) and self._constraints:
             raise ConfigError(
                 "serving.shield.constraints cannot be combined with sampled real-valued actions: the probability that a sample "
-                "violates a function is not known; declare serving.shield.low and high, or serve greedily"
+                "violates a function is not known; declare serving.shield.low and high, or serve greedily, also where "
+                "requests may choose (serving.request_modes)"
             )
         if isinstance(distribution, Categorical) and distribution.choices() is None:
-            raise ConfigError("serving.shield needs at most 1000 possible actions where actions are sampled; serve greedily")
+            raise ConfigError(
+                "serving.shield needs at most 1000 possible actions where actions are sampled; serve greedily, also where "
+                "requests may choose (serving.request_modes)"
+            )

@@ -253,6 +253,21 @@ def test_a_shield_whose_probabilities_nobody_could_say_is_refused() -> None:
     decider.ladder.check(Variant(1, "d", policy, "greedy"))
 
 
+@pytest.mark.parametrize("is_real", [False, True])
+def test_a_greedy_version_that_requests_may_sample_is_refused_as_one_that_samples(is_real: bool) -> None:
+    """Else one such request gets a propensity that leaves the constraint out, or, of 40 x 40 choices, fails its whole batch."""
+    action: Any = Choices("multi_discrete", (40, 40), (0, 0), (2,))
+    distribution: Any = Categorical(action)
+    if is_real:
+        action = Numbers(np.array([-1], np.float32), np.array([1], np.float32))
+        distribution = Normal(action, Gaussian())
+    variant = Variant(1, "d", SimpleNamespace(spaces=Spaces(OBSERVATION, action), distribution=distribution), "greedy")  # type: ignore[arg-type]
+    shield = ShieldConfig(constraints=("tests.unit.test_deciding:is_positive",))
+    Decider(ServingConfig(shield=shield, request_modes=("greedy",)), now_s=lambda: 0.0).ladder.check(variant)
+    with pytest.raises(ConfigError, match=r"serving\.request_modes"):
+        Decider(ServingConfig(shield=shield, request_modes=("sample",)), now_s=lambda: 0.0).ladder.check(variant)
+
+
 @pytest.mark.parametrize("action", [3, -1, 0.5, True, [0], "0", None])
 def test_a_fixed_action_that_is_none_is_refused(action: Any) -> None:
     decider = Decider(ServingConfig(fallback=FallbackConfig(action=action)), now_s=lambda: 0.0)

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,18 @@ def test_a_name_of_one_of_many_cannot_be_made_up(storage: Storage) -> None:
     assert ids.is_ours(first) and ids.is_ours(second)
     tag = first.rpartition(".")[2]
     assert not ids.is_ours(f"other:0.{tag}") and not ids.is_ours(f"batch:0.{tag[:-1]}0{'1' if tag[-1] == '0' else ''}")
+
+
+def test_no_client_can_ask_for_what_was_named_for_somebody_else(storage: Storage) -> None:
+    """Else it could have the next unnamed requests of others logged first, for an observation of its own."""
+    replica = replica_of(storage)
+    [first] = ask(storage, replica, {"observation": [0, 0, 0, 0]})
+    prefix = first.json()["decision_id"].partition(":")[0]
+    body = {"observations": [[1, 0, 0, 0]] * 3, "request_id": prefix}
+    stolen, second = ask(storage, replica, body, {"observation": [0, 0, 0, 0]})
+    assert (stolen.status, second.status) == (422, 200)
+    names = [decision.decision_id for decision in logged(storage)]
+    assert len(set(names)) == len(names) == 2
 
 
 def test_alone_or_among_many_a_named_request_gets_the_same_decision(storage: Storage) -> None:
@@ -260,6 +274,94 @@ def test_repetitions_that_arrive_together_are_one_decision(storage: Storage) -> 
     assert conflict.status == 409 and len(logged(storage)) == 1
 
 
+@pytest.mark.parametrize("durability", ["write", "fsync"])
+def test_repetitions_are_found_by_each_name_however_it_is_asked_for(storage: Storage, durability: str) -> None:
+    obs = observations(3)
+    replica = replica_of(storage, durability=durability)
+    pair, other, alone = ask(
+        storage,
+        replica,
+        {"observations": obs[:2], "request_ids": ["a", "b"]},
+        {"observations": [obs[0], obs[2]], "request_ids": ["b", "c"]},
+        {"observation": obs[0], "request_id": "a"},
+    )
+    assert other.json()["decisions"][0]["error"]["status"] == 409 and other.json()["decisions"][1]["action"] in (0, 1)
+    assert alone.json()["action"] == pair.json()["decisions"][0]["action"] and alone.status == 200
+    assert sorted(d.decision_id.partition(".")[0] for d in logged(storage)) == ["a", "b", "c"]
+
+
+def test_what_is_being_flushed_is_waited_for_and_decided_anew_only_if_that_fails(storage: Storage) -> None:
+    """A repetition comes while the first try waits for its fsync, and the plan has changed in between."""
+    publish(storage, random_policy(2))
+    release(storage, 2, weights=(1.0,))
+    replica = replica_of(storage, durability="fsync")
+    commit, key = replica._decisions._commit, storage.api_key_file.read_text()
+    assert commit is not None
+    gate, fails = threading.Event(), True
+
+    def slow(descriptor: int) -> None:
+        assert gate.wait(10)
+        if fails:
+            raise OSError("no disk")
+        os.fsync(descriptor)
+
+    commit._fsync = slow
+
+    async def thrice(name: str, action: str) -> list[Reply]:
+        body = {"observation": [0.1, 0, 0, 0], "request_id": name}
+        bodies = [body, body, {**body, "observation": [0.2, 0, 0, 0]}]
+        calls = []
+        for each in bodies:  # one batch after the other
+            calls.append(asyncio.create_task(call(replica.api, "POST", "/v1/decide", json.dumps(each).encode(), key=key)))
+            await asyncio.sleep(0.01)
+        change(storage, action)
+        replica._variants.refresh(now=3.0)
+        gate.set()
+        async with asyncio.timeout(10):
+            return await asyncio.gather(*calls)
+
+    assert [reply.status for reply in asyncio.run(thrice("lost", "pause"))] == [503, 503, 503]
+    assert replica._ingress._being_logged == {}
+    gate.clear()
+    fails = False
+    replica._decisions._tried_s -= 10  # as if it had been failing for long
+    first, again, conflict = asyncio.run(thrice("kept", "rollback"))
+    assert (first.status, again.json(), conflict.status) == (200, first.json(), 409) and first.json()["version"] == 2
+    assert [d.decision_id.partition(".")[0] for d in logged(storage)].count("kept") == 1
+    assert replica._ingress._being_logged == {}
+
+
+def test_when_the_other_replicas_logs_cannot_be_read_only_named_requests_fail(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = replica_of(storage)
+
+    def refuse() -> None:
+        raise PermissionError(13, "not yours")
+
+    monkeypatch.setattr(replica._ingress._recall, "catch_up", refuse)
+    named, unnamed = ask(storage, replica, {"observation": [0, 0, 0, 0], "request_id": "r"}, {"observation": [0, 0, 0, 0]})
+    assert (named.status, unnamed.status) == (503, 200) and "not yours" in named.error
+
+
+def test_a_batch_that_fails_is_told_to_each_request_once(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answered twice, the second answer would be taken for that of the next request of its connection."""
+    replica, told = replica_of(storage), []
+    monkeypatch.setattr(replica._ingress.decider, "decide", lambda rows, snapshot: 1 / 0)
+
+    async def run() -> None:
+        for number in range(2):
+            body = b'{"observation":[0,0,0,0],"request_id":"r"}'
+            key = replica._keys.check(f"Bearer {storage.api_key_file.read_text()}".encode(), "decide")
+            one = replica._ingress.ask(body, key, started_s=0.0)
+            replica._ingress.batcher.submit(one, lambda result, number=number: told.append(number))
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert sorted(told) == [0, 1]
+
+
 def test_a_later_life_of_a_replica_remembers_what_the_earlier_one_logged(storage: Storage) -> None:
     body = {"observation": [0.1, 0, 0, 0], "request_id": "r"}
     [first] = ask(storage, replica_of(storage), body)
@@ -276,7 +378,7 @@ def test_what_was_answered_under_a_shield_or_among_many_replays(storage: Storage
     publish(storage, random_policy(2))
     release(storage, 2, weights=(0.5, 1.0))
     replica = replica_of(storage, **config)
-    ask(storage, replica, {"observations": observations(60), "unit_ids": [f"u{i}" for i in range(60)]})
+    ask(storage, replica, {"observations": observations(1000), "unit_ids": [f"u{i}" for i in range(1000)]})
     by_rung: dict[str, list[Decision]] = {}
     for decision in logged(storage):
         by_rung.setdefault(decision.rung, []).append(decision)
