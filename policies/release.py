@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from policies.registry import Release, ReleaseStep
+from policies.traffic import BUCKETS
 from policies.verdicts import Verdict
 
 Action = Literal["hold", "advance", "promote", "rollback"]
@@ -41,8 +42,10 @@ class ReleaseConfig(BaseModel):
     @classmethod
     def _increasing_to_one(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
         rising = all(a < b for a, b in zip(weights, weights[1:]))
-        if not weights or not rising or weights[0] <= 0 or weights[-1] != 1:
-            raise ValueError(f"weights {weights} must rise from above 0 to exactly 1, for example (0.05, 0.25, 1.0)")
+        if not weights or not rising or weights[0] < 1 / BUCKETS or weights[-1] != 1:
+            raise ValueError(
+                f"weights {weights} must rise from at least {1 / BUCKETS:g} to exactly 1, for example (0.05, 0.25, 1.0)"
+            )
         return weights
 
 

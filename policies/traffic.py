@@ -79,13 +79,15 @@ def champion_only(number: int, version: int) -> TrafficPlan:
 
 
 def with_canary(number: int, release: int, *, champion: int, candidate: int, weight: float) -> TrafficPlan:
-    """Return the plan of one release step: the canary gets `weight`, the champion keeps the rest."""
+    """Return the plan of one release step: the canary gets `weight`, to the bucket, and the champion keeps the rest."""
+    weight = to_the_bucket(weight)
     arms = (Arm("canary", candidate, weight), Arm("champion", champion, 1.0 - weight))
     return TrafficPlan(number, release, arms)
 
 
 def with_holdout(plan: TrafficPlan, version: int, share: float) -> TrafficPlan:
     """Return the plan with a share of all units taken out of it and given to `version`; the others split what is left."""
+    share = to_the_bucket(share)
     rest = (replace(arm, weight=arm.weight * (1.0 - share)) for arm in plan.arms)
     return replace(plan, arms=(Arm("holdout", version, share), *rest), held_out=share)
 
@@ -117,6 +119,11 @@ def assign(unit_id: str, plan: TrafficPlan) -> Arm:
         return champion
     share = canary.weight / (1.0 - plan.held_out)  # of the units that are left
     return canary if bucket_of(unit_id, plan.salt) < round(share * BUCKETS) else champion
+
+
+def to_the_bucket(share: float) -> float:
+    """Return the share of units that gets an arm which is to have this one: mixture propensities are made of what happens."""
+    return round(share * BUCKETS) / BUCKETS
 
 
 def bucket_of(unit_id: str, salt: str) -> int:

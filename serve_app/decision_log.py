@@ -71,13 +71,18 @@ class SegmentWriter:
 
         The directory's comes last when it has a new name in it: a segment without a name is lost.
         """
-        taken, self._unflushed = self._unflushed, []
+        more = []
         if self._descriptor is not None and self._is_unflushed:
-            taken.append(os.dup(self._descriptor))
-            self._is_unflushed = False
+            more.append(os.dup(self._descriptor))
         if self._has_new_name:
-            taken.append(os.open(self._directory, os.O_RDONLY))
-            self._has_new_name = False
+            try:
+                more.append(os.open(self._directory, os.O_RDONLY))
+            except OSError:  # too many open files: what was taken before would be lost, and open for ever
+                for descriptor in more:
+                    os.close(descriptor)
+                raise
+        taken, self._unflushed = [*self._unflushed, *more], []
+        self._is_unflushed = self._has_new_name = False
         return taken
 
     def give_up(self) -> None:

@@ -309,6 +309,17 @@ def test_a_canary_that_fails_is_asked_five_times_and_then_left_alone_until_its_p
     assert num_asked == 6, "tried once"
 
 
+def test_observations_that_a_version_has_no_numbers_for_close_it_to_nobody_else() -> None:
+    """Finite numbers near the largest float32 make most networks overflow: one request with five would stop all others."""
+    version = fixed(1, [0.5, 0.5])
+    version.policy.distributions = lambda obs_BD, mask_BA: np.where(obs_BD > 1e30, np.nan, [[0.5, 0.5]])  # type: ignore[method-assign]
+    decider, snapshot = Decider(ServingConfig(), now_s=lambda: 0.0), snapshot_of(plan_of(0), version)
+    extreme = decider.decide(rows_of(10, obs_BD=np.full((10, 1), 3e38, np.float32)), snapshot)
+    assert all(isinstance(error, ServiceUnavailable) and "gave NaN" in str(error) for error in extreme)
+    [other] = decider.decide(rows_of(1), snapshot)
+    assert isinstance(other, Answer) and decider.open_breakers() == {}
+
+
 def test_a_version_that_takes_too_long_is_left_alone_although_its_answers_are_sent() -> None:
     clock, canary = Clock(), fixed(2, [0.5, 0.5])
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -275,3 +276,29 @@ def test_a_real_fsync_on_a_real_file(tmp_path: Path) -> None:
         assert told == [None] * 5
 
     run(scenario)
+
+
+def test_too_many_open_files_do_not_become_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = SegmentWriter(tmp_path, "decisions", "w", segment_bytes=200)
+    writer.keep_unflushed()
+    for _ in range(2):
+        writer.append(b"x" * 150 + b"\n")  # a finished segment, and an open one
+    before = len(os.listdir("/proc/self/fd"))
+
+    def refuse(*_: object) -> int:
+        raise OSError(24, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(OSError, match="too many"):
+            writer.take_unflushed()
+    assert len(os.listdir("/proc/self/fd")) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", refuse)
+        with pytest.raises(OSError, match="too many"):
+            writer.take_unflushed()
+    taken = writer.take_unflushed()
+    assert len(taken) == 3, "nothing that is to be flushed was lost"
+    for descriptor in taken:
+        os.close(descriptor)
+    writer.close()

@@ -153,7 +153,7 @@ def test_evidence_survives_json():
     assert ReleaseEvidence.from_json(evidence.to_json()) == evidence
 
 
-@pytest.mark.parametrize("weights", [(), (0.5,), (0.0, 1.0), (0.5, 0.5, 1.0), (0.5, 0.2, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("weights", [(), (0.5,), (0.0, 1.0), (0.00004, 1.0), (0.5, 0.5, 1.0), (0.5, 0.2, 1.0), (0.5, 2.0)])
 def test_weights_must_rise_to_one(weights: tuple[float, ...]):
     with pytest.raises(ValidationError, match="must rise"):
         ReleaseConfig(weights=weights)

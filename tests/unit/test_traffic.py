@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,6 +34,20 @@ def plan(weight: float, *, release: int = 1, number: int = 5):
 
 def canary_units(weight: float, *, release: int = 1) -> set[str]:
     return {unit for unit in UNITS if assign(unit, plan(weight, release=release)).name == "canary"}
+
+
+@pytest.mark.parametrize(("weight", "held_out"), [(0.00014, 0.0), (1 / 3, 0.0), (0.00025, 0.33333), (0.05, 0.1), (0.00004, 0.5)])
+def test_weights_are_the_shares_of_buckets_that_units_are_assigned_by(weight: float, held_out: float):
+    """A mixture propensity is a sum over weights: by a weight of 0.00014 the canary would count for 1.4 times what it gets."""
+    split = plan(weight) if not held_out else with_holdout(plan(weight), 3, held_out)
+    num_held = round(split.held_out * BUCKETS)  # as in `assign`, whose two buckets are independent
+    canary, champion = split.arm("canary"), split.arm("champion")
+    assert canary is not None and champion is not None
+    num_canary = round(canary.weight / (1 - split.held_out) * BUCKETS)
+    rest = 1 - num_held / BUCKETS
+    assert split.held_out == num_held / BUCKETS
+    assert math.isclose(canary.weight, rest * num_canary / BUCKETS, abs_tol=1e-15)
+    assert math.isclose(champion.weight, rest * (1 - num_canary / BUCKETS), abs_tol=1e-15)
 
 
 def test_same_unit_same_arm():
