@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.config import ServingConfig
-from serve_app.ingress import Draft, Ingress
+from serve_app.durable_log import DecisionLog, Then
 from serve_app.recall import Recall
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME
@@ -55,12 +55,13 @@ def _wait_for_the_end(pid: int) -> bool:
 
 
 def _answer_before_writing() -> None:
-    write_down = Ingress._write_down
+    append = DecisionLog.append
 
-    def write_later(self: Ingress, drafts: list[Draft]) -> None:
-        asyncio.get_running_loop().call_later(0.05, write_down, self, drafts)
+    def write_later(self: DecisionLog, lines: bytes, num_decisions: int, then: Then) -> None:
+        then(None, None)
+        asyncio.get_running_loop().call_later(0.05, append, self, lines, num_decisions, lambda error, place: None)
 
-    Ingress._write_down = write_later  # type: ignore[method-assign]
+    DecisionLog.append = write_later  # type: ignore[method-assign]
 
 
 def _forget_former_lives() -> None:
