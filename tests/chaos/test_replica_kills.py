@@ -262,7 +262,6 @@ def test_a_replica_that_forgets_its_former_lives_is_caught(storage: Storage) -> 
     after = storm(storage, "forgets_former_lives", num_kills=FEW_FOR_A_MISTAKE)
     problems = broken_rules(after.decisions, after.clients.told, versions={1, 2})
     assert any("is in the log 2 times" in problem for problem in problems)
-    assert after.clients.changed, "another plan decides otherwise: the same id got two answers"
 
 
 def test_a_replica_that_writes_behind_a_torn_line_is_caught(storage: Storage) -> None:
