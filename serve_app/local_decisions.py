@@ -3,7 +3,8 @@
 They get the traffic plan, the bundles of its versions and a lease, under which they name decisions. What they send back later is
 written as it came, once it was checked: that its id was made under a lease, at a time when that lease was in force, that its
 seed is that of its id, that its version is one of ours with this digest, that something can be learned from its propensities,
-and that whoever reads the log can read it. Trusted is the rest: observation, action and propensity are what the client says. `trimtab replay` recomputes them.
+and that whoever reads the log can read it. Trusted is the rest: observation, action and propensity are what the client says.
+`trimtab replay` recomputes them.
 """
 
 import asyncio
@@ -172,7 +173,7 @@ def _problem(decision: Decision, digest: str | None, now: float) -> str | None:
     names = (decision.unit_id, decision.episode_id or "-")
     if not all(0 < len(name) <= MAX_NAME_LENGTH for name in names):
         return f"unit_id and episode_id have {len(names[0])} and {len(names[1])} characters, expected 1 to {MAX_NAME_LENGTH}"
-    if not (0 <= decision.plan and 0 <= decision.release <= MAX_INT):
+    if decision.plan < 0 or not 0 <= decision.release <= MAX_INT:
         return f"plan and release are {decision.plan!s:.24} and {decision.release!s:.24}, expected 0 to {MAX_INT}"
     if decision.arm not in _ARMS:
         return f"arm is {decision.arm!r:.80}, expected one of {', '.join(_ARMS)}"

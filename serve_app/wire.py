@@ -10,7 +10,7 @@ from policies.errors import RequestInvalid
 MAX_FEEDBACKS = 1000
 MAX_OBSERVATIONS = 4096
 MAX_DEADLINE_MS = 600_000
-# Of a value that is logged as it came. Readers have less of the stack left than a replica: what it just could read they could not.
+# Of a value that is logged as it came: readers have less of the stack left than a replica, and could not read what it just could.
 MAX_NESTING = 64
 
 # `\Z`, not `$`: the dollar also matches before a final newline.
