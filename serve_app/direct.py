@@ -141,6 +141,7 @@ class Connection(asyncio.Protocol):
                 if is_ours
                 else _error(400, f"this is not HTTP/1.1: {error}")
             )
+        self._last = None  # its body may be large, and the connection be kept for hours
 
     def _receive_known(self, known: KnownHead, data: bytes) -> None:
         method, path, headers, _, keeps_open, _, _, arm = known.received

@@ -382,6 +382,20 @@ def test_a_client_that_does_not_read_stops_being_read(storage: Storage) -> None:
     run(storage, scenario)
 
 
+@pytest.mark.parametrize("num_bytes", [50_000, 900_000])  # in one piece, in several
+def test_a_connection_that_is_kept_does_not_keep_the_last_body(storage: Storage, num_bytes: int) -> None:
+    async def scenario(replica: PolicyReplica, port: int) -> list[bytes]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(raw_request(storage, json.dumps({"observation": OBSERVATION}).encode() + b" " * num_bytes))
+        assert (await read_answer(reader))[0] == 200
+        (connection,) = replica._direct.connections
+        held = [received for received in (connection._last, connection._known and connection._known.received) if received]
+        writer.close()
+        return [received.body for received in held]
+
+    assert not any(run(storage, scenario))
+
+
 def test_answers_that_nobody_reads_are_not_made_without_end(storage: Storage) -> None:
     """A page is large and needs no key: what one packet of requests for it makes a replica hold is about one page."""
     page, num_requests = bytes(256 << 10), 200
