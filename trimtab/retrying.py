@@ -104,7 +104,7 @@ def judge(outcome: Answered | Failed, *, is_direct: bool, num_pauses: int, remai
     than the answer's Retry-After, and one that would not end before the deadline is not begun.
     """
     is_answer = isinstance(outcome, Answered)
-    if is_answer and outcome.status not in RETRY_STATUSES:
+    if is_answer and outcome.status not in RETRY_STATUSES and not _is_a_proxys(outcome.status, outcome.body):
         return Judgement(Verdict.ANSWER)
     retry_after_s = outcome.retry_after_s if is_answer else None
     if is_direct and not (is_answer and outcome.status == 429):
@@ -151,12 +151,19 @@ def read_answer(status: int, body: bytes, *, is_file: bool = False) -> Any:
 
     Raises `error_of` an answer that is none of success, `ClusterError` for one that is not JSON.
     """
+    if _is_a_proxys(status, body):
+        raise ClusterError(f"HTTP {status}: {_message(body)}; the proxy knows no policy here: see whether the endpoint runs")
     if not 200 <= status < 300:
         raise error_of(status, f"HTTP {status}: {_message(body)}")
     try:
         return body if is_file else json.loads(body)
     except ValueError as error:
         raise ClusterError(f"the answer is not JSON: {error}; is this a Trimtab endpoint? {body[:100]!r}") from error
+
+
+def _is_a_proxys(status: int, body: bytes) -> bool:
+    """Say whether a 404 is that of the proxy in front, which knows no application yet; the endpoint's own are JSON."""
+    return status == 404 and not body.startswith(b'{"error"')
 
 
 def error_of(status: int, message: str) -> TrimtabError:

@@ -197,6 +197,6 @@ def test_only_seconds_are_read_from_a_retry_after_header() -> None:
 def test_every_outcome_has_a_verdict() -> None:
     rng = random.Random(0)
     for status in range(100, 600):
-        verdict = judge(Answered(status, b""), is_direct=False, num_pauses=0, remaining_s=1.0, rng=rng).verdict
+        verdict = judge(Answered(status, b'{"error": {}}'), is_direct=False, num_pauses=0, remaining_s=1.0, rng=rng).verdict
         assert verdict is (Verdict.AGAIN if status in retrying.RETRY_STATUSES else Verdict.ANSWER)
     assert judge(Failed(OSError()), is_direct=False, num_pauses=0, remaining_s=0.0, rng=rng).verdict is Verdict.GIVE_UP
