@@ -141,6 +141,7 @@ class Connection(asyncio.Protocol):
                 if is_ours
                 else _error(400, f"this is not HTTP/1.1: {error}")
             )
+        self._last = None  # its body may be large, and the connection be kept for hours
 
     def _receive_known(self, known: KnownHead, data: bytes) -> None:
         method, path, headers, _, keeps_open, _, _, arm = known.received
@@ -149,7 +150,7 @@ class Connection(asyncio.Protocol):
         except RequestRefused as error:
             return self._refuse(self._lane.api.failure_response(error, path))
         received = Received(method, path, headers, data[len(known.head) :], keeps_open, time.perf_counter(), key, arm)
-        if self._is_answering or self._waiting:
+        if self._is_answering or self._waiting or self._is_unread:
             self._waiting.append(received)
             return self._pause_or_resume()
         self._is_answering = True
@@ -170,6 +171,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_unread = False
+        self._answer_next()
         self._pause_or_resume()
 
     # --- httptools' side ---
@@ -223,12 +225,15 @@ class Connection(asyncio.Protocol):
     # --- answering ---
 
     def _answer_next(self) -> None:
-        """Take requests until one is being answered; those that are refused at once are over before this returns."""
+        """Take requests until one is being answered; those that are refused at once are over before this returns.
+
+        None is taken while the client does not read: a page is a thousand times as large as the request for it.
+        """
         if self._is_taking:
             return
         self._is_taking = True
         try:
-            while self._waiting and not self._is_answering:
+            while self._waiting and not self._is_answering and not self._is_unread:
                 self._take(self._waiting.popleft())
         finally:
             self._is_taking = False

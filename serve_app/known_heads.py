@@ -25,7 +25,10 @@ class Received(NamedTuple):
 
 
 class KnownHead(NamedTuple):
-    """A head, and what it says; `hole` is where its request id's value is, `size` that of the request with its body."""
+    """A head, and what it says; `hole` is where its request id's value is, `size` that of the request with its body.
+
+    It is kept as long as the connection, so `received` is without the body.
+    """
 
     head: bytes
     hole: slice
@@ -38,14 +41,15 @@ def learn_head(data: bytes, received: Received) -> KnownHead | None:
     """Return the head of a request that came in one piece, None unless it is an ordinary one for decisions."""
     head = data[: len(data) - len(received.body)]
     is_plain = received.path == "/v1/decide" and received.method == "POST" and received.keeps_open and received.body
-    if not (is_plain and len(head) <= MAX_HEAD_BYTES and head.endswith(b"\r\n\r\n") and data.endswith(received.body)):
+    is_whole = head.find(b"\r\n\r\n") == len(head) - 4 and data.endswith(received.body)  # nothing before or behind the request
+    if not (is_plain and len(head) <= MAX_HEAD_BYTES and is_whole):
         return None
     headers = dict(reversed(received.headers))
     if b"content-length" not in headers or b"expect" in headers:
         return None
     start = head.lower().find(_REQUEST_ID) + len(_REQUEST_ID)
     hole = slice(start, head.index(b"\r\n", start)) if start >= len(_REQUEST_ID) else slice(0, 0)
-    return KnownHead(head, hole, len(data), received, headers.get(b"authorization"))
+    return KnownHead(head, hole, len(data), received._replace(body=b""), headers.get(b"authorization"))
 
 
 def has_head(data: bytes, known: KnownHead) -> bool:

@@ -2,8 +2,9 @@
 
 They get the traffic plan, the bundles of its versions and a lease, under which they name decisions. What they send back later is
 written as it came, once it was checked: that its id was made under a lease, at a time when that lease was in force, that its
-seed is that of its id, that its version is one of ours with this digest, and that something can be learned from its
-propensities. Trusted is the rest: observation, action and propensity are what the client says. `trimtab replay` recomputes them.
+seed is that of its id, that its version is one of ours with this digest, that something can be learned from its propensities,
+and that whoever reads the log can read it. Trusted is the rest: observation, action and propensity are what the client says.
+`trimtab replay` recomputes them.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, get_args
 
 import msgspec
 from msgspec import Meta
@@ -21,16 +22,19 @@ from policies.distributions import seed_of
 from policies.errors import DecisionUnknown, NotFound, RequestInvalid, ServiceUnavailable, TrimtabError
 from policies.records import Decision
 from policies.registry import Registry
+from policies.traffic import ArmName
 from serve_app.asgi import Request
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import LEASE_S, DecisionIds, lease_began_at
 from serve_app.durable_log import DecisionLog, Place
 from serve_app.variants import Snapshot, VariantStore
-from serve_app.wire import BodyDecoder, encode
+from serve_app.wire import MAX_NESTING, BodyDecoder, encode, is_nested_deeply
 
 MAX_DECISIONS = 1000
 MAX_CLOCK_SKEW_S = 300.0  # between a client's clock and ours; the log's times are what rewards are joined by
 MAX_NAME_LENGTH = 256  # of units and episodes, as in requests
+MAX_INT = 2**63 - 1  # what a sealed segment's columns hold; one number above it and the whole segment could not be sealed
+_ARMS = get_args(ArmName)
 _LEASED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}(:[0-9]{1,19})?\.[0-9a-f]{16}\.[0-9a-f]{12}")
 
 
@@ -169,6 +173,12 @@ def _problem(decision: Decision, digest: str | None, now: float) -> str | None:
     names = (decision.unit_id, decision.episode_id or "-")
     if not all(0 < len(name) <= MAX_NAME_LENGTH for name in names):
         return f"unit_id and episode_id have {len(names[0])} and {len(names[1])} characters, expected 1 to {MAX_NAME_LENGTH}"
+    if decision.plan < 0 or not 0 <= decision.release <= MAX_INT:
+        return f"plan and release are {decision.plan!s:.24} and {decision.release!s:.24}, expected 0 to {MAX_INT}"
+    if decision.arm not in _ARMS:
+        return f"arm is {decision.arm!r:.80}, expected one of {', '.join(_ARMS)}"
+    if is_nested_deeply(decision.observation) or is_nested_deeply(decision.action):
+        return f"observation or action has more than {MAX_NESTING} levels of lists and objects"
     expected_rung = "arm" if decision.fallback is None else "champion"
     terms = (decision.rung, decision.shield, decision.assigned, decision.repair)
     if terms != (expected_rung, None, "plan", None):

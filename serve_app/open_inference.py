@@ -18,7 +18,7 @@ from serve_app.ingress import Ingress, num_rows_of
 from serve_app.keys import ApiKey, require
 from serve_app.tensors_http import BYTES, InferRequest, read_request, write_response
 from serve_app.variants import Snapshot
-from serve_app.wire import MAX_OBSERVATIONS, DecideManyAnswer, encode
+from serve_app.wire import MAX_DEADLINE_MS, MAX_OBSERVATIONS, DecideManyAnswer, encode
 
 PREFIX = "/v2"
 MAX_PARAMETER_LENGTH = 256
@@ -99,6 +99,8 @@ class OpenInference:
         for name, shape in expected.items():
             if tensors[name].shape[1:] != tuple(shape):
                 raise RequestInvalid(f"input {name!r} has shape {list(tensors[name].shape)}, expected {[num, *shape]}", 400)
+        if spaces.has_mask and tensors[ACTION_MASK].dtype.kind not in "biu":  # of others a part would be cut off, or no number
+            raise RequestInvalid(f"input {ACTION_MASK!r} must be BOOL or integers", 400)
         mode, deadline_ms = _text(asked, "mode"), _deadline_ms(asked)
         if mode is not None:
             self._ingress.check_mode(mode)
@@ -226,9 +228,9 @@ def _deadline_ms(asked: InferRequest) -> float | None:
     value = asked.parameters.get("deadline_ms")
     timeout = asked.parameters.get("timeout")
     if value is None and timeout is not None:
-        value = timeout / 1000 if type(timeout) in (int, float) else timeout
-    if value is not None and (type(value) not in (int, float) or not value > 0):
-        raise RequestInvalid(f"the deadline is {value!r:.24}, expected a number above 0", 400)
+        value = min(timeout, 1000 * MAX_DEADLINE_MS + 1) / 1000 if type(timeout) in (int, float) else timeout
+    if value is not None and (type(value) not in (int, float) or not 0 < value <= MAX_DEADLINE_MS):
+        raise RequestInvalid(f"the deadline is {value!r:.24} ms, expected a number above 0, at most {MAX_DEADLINE_MS}", 400)
     return value
 
 

@@ -4,12 +4,12 @@ import logging
 import time
 from collections.abc import Callable
 
-from policies.errors import DecisionUnknown, ServiceUnavailable
+from policies.errors import DecisionUnknown, RequestInvalid, ServiceUnavailable
 from policies.records import Override
 from serve_app.asgi import Request
 from serve_app.decision_ids import DecisionIds
 from serve_app.decision_log import SegmentWriter
-from serve_app.wire import OverrideRequest, encode, override_decoder
+from serve_app.wire import MAX_NESTING, OverrideRequest, encode, is_nested_deeply, override_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class OverrideIntake:
         asked: OverrideRequest = override_decoder.decode(await request.body(self._max_body_bytes))
         if not self._decision_ids.is_ours(decision_id):
             raise DecisionUnknown(f"decision {decision_id!r:.300} was not made by this deployment; nothing was recorded")
+        if is_nested_deeply(asked.action):
+            raise RequestInvalid(f"the action has more than {MAX_NESTING} levels of lists and objects; nothing was recorded")
         record = Override(decision_id, self._wall_clock(), asked.action, asked.reason, key_name)
         try:
             self._log.append(encode(record) + b"\n")

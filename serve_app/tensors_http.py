@@ -132,24 +132,33 @@ def _from_json(tensor: InputTensor, size: int) -> np.ndarray:
         else:
             flat.append(item)
     types = {str: (str,), "b": (bool,), "f": (int, float)}.get(kind if kind is str else kind.kind, (int,))
-    wrong = next((item for item in flat if type(item) not in types), None)
-    if len(flat) != size or wrong is not None or (flat and flat[0] is None):
-        found = f"{len(flat)} items" if len(flat) != size else f"{wrong!r:.24}"
+    wrong = [item for item in flat if type(item) not in types]  # a list: null is wrong, too
+    if len(flat) != size or wrong:
+        found = f"{len(flat)} items" if len(flat) != size else f"{wrong[0]!r:.24}"
         raise RequestInvalid(f"input {tensor.name!r} holds {found}; expected {size} of {tensor.datatype}", 400)
     try:
-        return np.array(flat, object if kind is str else kind).reshape(tensor.shape)
+        array = np.array(flat, object if kind is str else kind)
     except OverflowError:
         raise RequestInvalid(f"input {tensor.name!r} holds a number that is no {tensor.datatype}", 400) from None
+    return _shaped(array, tensor)
 
 
 def _from_bytes(tensor: InputTensor, size: int, data: memoryview) -> np.ndarray:
     if tensor.datatype == BYTES:
-        return np.array(_texts(tensor, size, data), object).reshape(tensor.shape)
+        return _shaped(np.array(_texts(tensor, size, data), object), tensor)
     dtype = _dtype(tensor)
     if len(data) != size * dtype.itemsize:
         expected = f"{size * dtype.itemsize} for {tensor.datatype} of shape {tensor.shape}"
         raise RequestInvalid(f"input {tensor.name!r} has {len(data)} bytes, expected {expected}", 400)
-    return np.frombuffer(data, dtype).reshape(tensor.shape)
+    return _shaped(np.frombuffer(data, dtype), tensor)
+
+
+def _shaped(array: np.ndarray, tensor: InputTensor) -> np.ndarray:
+    """Return an array of the right number of items in a tensor's shape: of no items, its other sizes may be any."""
+    try:
+        return array.reshape(tensor.shape)
+    except (ValueError, OverflowError):
+        raise RequestInvalid(f"input {tensor.name!r} has shape {tensor.shape!s:.100}; no array has", 400) from None
 
 
 def _texts(tensor: InputTensor, size: int, data: memoryview) -> list[str]:

@@ -10,6 +10,8 @@ from policies.errors import RequestInvalid
 MAX_FEEDBACKS = 1000
 MAX_OBSERVATIONS = 4096
 MAX_DEADLINE_MS = 600_000
+# Of a value that is logged as it came: readers have less of the stack left than a replica, and could not read what it just could.
+MAX_NESTING = 64
 
 # `\Z`, not `$`: the dollar also matches before a final newline.
 RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
@@ -132,3 +134,11 @@ feedback_decoder = BodyDecoder(
 )
 override_decoder = BodyDecoder(OverrideRequest, '{"action": what was done instead, "reason": text} and no other key')
 encode = msgspec.json.Encoder().encode
+
+
+def is_nested_deeply(value: Any, levels: int = MAX_NESTING) -> bool:
+    """Return whether a JSON value has more levels of lists and objects than may be logged."""
+    if not isinstance(value, list | dict):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_nested_deeply(item, levels - 1) for item in items if isinstance(item, list | dict))

@@ -171,7 +171,8 @@ class Client:
     def _try(self, send: Send) -> Answered | Failed:
         deadline_s = time.monotonic() + send.timeout_s
         headers = {"Content-Type": "application/json"} if send.body is not None else {}
-        limits = (send.connect_timeout_s, send.timeout_s)
+        # `total`: what connecting takes is not there for the answer any more.
+        limits: Any = urllib3.Timeout(total=send.timeout_s, connect=send.connect_timeout_s)
         try:
             with self._session().request(
                 send.method, send.url, data=send.body, headers=headers, timeout=limits, stream=True, allow_redirects=False

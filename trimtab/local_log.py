@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from policies.errors import DecisionUnknown, Overloaded, RequestConflict, RequestInvalid, TrimtabError
+from policies.errors import DecisionUnknown, Overloaded, RequestConflict, RequestInvalid, ServiceUnavailable, TrimtabError
 from policies.records import Decision
 from trimtab.retrying import Call
 
@@ -69,11 +69,14 @@ class LocalLog:
     def add(self, item: Decision | Report) -> None:
         """Take a record over. When the buffer is full it is dropped and counted, or waited for, as `on_full` says.
 
-        Raises `Overloaded` when there is no room within the time limit: then nothing is written of what was decided.
+        Raises `Overloaded` when there is no room within the time limit, `ServiceUnavailable` when the log was closed: then
+        nothing is written of what was decided.
         """
         with self._changed:
+            self._require_open()
             if len(self._items) + self._num_in_hand >= self._max_buffered and not self._makes_room():
                 return
+            self._require_open()  # it may have been closed while this one waited for room
             self._items.append(item)
 
     def counts(self) -> LogCounts:
@@ -92,6 +95,10 @@ class LocalLog:
         counts = self.counts()
         if counts.buffered:
             logger.error("event=local_log_not_flushed num_lost=%d error=%r", counts.buffered, counts.error)
+
+    def _require_open(self) -> None:
+        if self._closes_at_s is not None:  # nobody sends any more
+            raise ServiceUnavailable("this local client is closed: nothing is decided or reported any more; make a new one")
 
     def _makes_room(self) -> bool:
         """Wait for room, or count one more as dropped."""

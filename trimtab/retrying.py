@@ -104,7 +104,7 @@ def judge(outcome: Answered | Failed, *, is_direct: bool, num_pauses: int, remai
     than the answer's Retry-After, and one that would not end before the deadline is not begun.
     """
     is_answer = isinstance(outcome, Answered)
-    if is_answer and outcome.status not in RETRY_STATUSES and not _is_strangers_404(outcome):
+    if is_answer and outcome.status not in RETRY_STATUSES and not _is_a_proxys(outcome.status, outcome.body):
         return Judgement(Verdict.ANSWER)
     retry_after_s = outcome.retry_after_s if is_answer else None
     if is_direct and not (is_answer and outcome.status == 429):
@@ -114,11 +114,6 @@ def judge(outcome: Answered | Failed, *, is_direct: bool, num_pauses: int, remai
     if pause_s < remaining_s:
         return Judgement(Verdict.AGAIN, pause_s)
     return Judgement(Verdict.ANSWER if is_answer else Verdict.GIVE_UP)
-
-
-def _is_strangers_404(outcome: Answered) -> bool:
-    """Say whether a 404 is not ours: Serve's proxy says that there is no such path until it has heard of its applications."""
-    return outcome.status == 404 and not _is_error(outcome.body)
 
 
 def exchange(
@@ -156,12 +151,19 @@ def read_answer(status: int, body: bytes, *, is_file: bool = False) -> Any:
 
     Raises `error_of` an answer that is none of success, `ClusterError` for one that is not JSON.
     """
+    if _is_a_proxys(status, body):
+        raise ClusterError(f"HTTP {status}: {_message(body)}; the proxy knows no policy here: see whether the endpoint runs")
     if not 200 <= status < 300:
         raise error_of(status, f"HTTP {status}: {_message(body)}")
     try:
         return body if is_file else json.loads(body)
     except ValueError as error:
         raise ClusterError(f"the answer is not JSON: {error}; is this a Trimtab endpoint? {body[:100]!r}") from error
+
+
+def _is_a_proxys(status: int, body: bytes) -> bool:
+    """Say whether a 404 is that of the proxy in front, which knows no application yet; the endpoint's own are JSON."""
+    return status == 404 and not body.startswith(b'{"error"')
 
 
 def error_of(status: int, message: str) -> TrimtabError:
@@ -196,7 +198,7 @@ def _endpoints(outcome: Answered | Failed | None) -> list[str] | None:
     """Return the URLs in an answer; None when the endpoint is in trouble, for the replicas may be there all the same."""
     if not isinstance(outcome, Answered):
         return None
-    if outcome.status == 404 and not _is_strangers_404(outcome):
+    if outcome.status == 404 and not _is_a_proxys(outcome.status, outcome.body):
         return []  # an endpoint without direct lanes
     try:
         urls = json.loads(outcome.body)["endpoints"] if outcome.status == 200 else None
@@ -222,14 +224,6 @@ def _with_deadline(written: bytes | None, remaining_s: float) -> bytes:
 def _out_of_time(outcome: Answered | Failed, url: str, timeout_s: float) -> ClusterError:
     why = outcome.error if isinstance(outcome, Failed) else f"the last answer was HTTP {outcome.status}: {_message(outcome.body)}"
     return ClusterError(f"{url} did not answer within {timeout_s:g} s: {why}; see whether it runs, or raise timeout_s")
-
-
-def _is_error(body: bytes) -> bool:
-    """Say whether a body is an error as our endpoint writes it."""
-    try:
-        return "message" in json.loads(body)["error"]
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def _message(body: bytes) -> str:

@@ -382,6 +382,48 @@ def test_a_client_that_does_not_read_stops_being_read(storage: Storage) -> None:
     run(storage, scenario)
 
 
+@pytest.mark.parametrize("num_bytes", [50_000, 900_000])  # in one piece, in several
+def test_a_connection_that_is_kept_does_not_keep_the_last_body(storage: Storage, num_bytes: int) -> None:
+    async def scenario(replica: PolicyReplica, port: int) -> list[bytes]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(raw_request(storage, json.dumps({"observation": OBSERVATION}).encode() + b" " * num_bytes))
+        assert (await read_answer(reader))[0] == 200
+        (connection,) = replica._direct.connections
+        held = [received for received in (connection._last, connection._known and connection._known.received) if received]
+        writer.close()
+        return [received.body for received in held]
+
+    assert not any(run(storage, scenario))
+
+
+def test_answers_that_nobody_reads_are_not_made_without_end(storage: Storage) -> None:
+    """A page is large and needs no key: what one packet of requests for it makes a replica hold is about one page."""
+    page, num_requests = bytes(256 << 10), 200
+
+    async def show(request: Any, key: Any) -> Response:
+        return Response(200, page)
+
+    request = b"GET /dashboard/page HTTP/1.1\r\n\r\n"
+
+    async def scenario(replica: PolicyReplica, port: int) -> tuple[int, int]:
+        replica.api.routes["/dashboard/page"] = Route("GET", (), show)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 16)
+        writer.write(num_requests * request)
+        await asyncio.sleep(0.5)
+        (connection,) = replica._direct.connections
+        num_held_bytes = connection._transport.get_write_buffer_size()
+        num_read = 0
+        while num_read < num_requests:  # once it reads, every request has its answer
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.partition(b"content-length: ")[2].split(b"\r\n")[0]))
+            num_read += 1
+        writer.close()
+        return num_held_bytes, num_read
+
+    num_held_bytes, num_read = run(storage, scenario)
+    assert num_held_bytes < 2 * len(page) and num_read == num_requests
+
+
 def test_connections_beyond_the_limit_are_told_so(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "MAX_CONNECTIONS", 1)
 

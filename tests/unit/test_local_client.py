@@ -511,6 +511,16 @@ def test_closing_ends_in_time_though_the_endpoint_is_away_and_says_what_is_lost(
     assert "num_lost=1" in caplog.text and "away" in caplog.text
 
 
+def test_nothing_is_taken_over_after_closing(endpoint: Endpoint) -> None:
+    """Nobody would send it: the caller would hold a decision that never gets into the log."""
+    log = log_of(endpoint)
+    log.add(record(1))
+    log.close(10.0)
+    with pytest.raises(ServiceUnavailable, match="is closed"):
+        log.add(record(2))
+    assert endpoint.arrived() == ["r1.l.t"] and log.counts().buffered == 0
+
+
 def test_closing_ends_in_time_though_the_endpoint_never_answers(storage: Storage, replica: DirectReplica) -> None:
     client = Client.local(replica.url, replica.key)
     with serving(lambda exchange: exchange.say_nothing()) as silent:

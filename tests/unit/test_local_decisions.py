@@ -15,11 +15,12 @@ from policies.integrity import sha256_hex
 from policies.log_reader import LogTail
 from policies.records import Decision
 from policies.registry import Registry
+from policies.sealing import seal
 from policies.storage import Storage, open_storage
 from policies.traffic import TrafficPlan
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import LEASE_S, DecisionIds, Lease
-from serve_app.local_decisions import MAX_CLOCK_SKEW_S, MAX_DECISIONS
+from serve_app.local_decisions import MAX_CLOCK_SKEW_S, MAX_DECISIONS, MAX_INT
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release, spoil
 
@@ -166,6 +167,25 @@ def test_honest_decisions_are_logged_as_they_came_and_feedback_on_them_is_ours(s
     assert ask(storage, replica, "POST", "/v1/feedback", body).json() == {"accepted": 1}
 
 
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels - 1):
+        value = [0.0, value]
+    return value
+
+
+def test_what_is_accepted_can_be_sealed(storage: Storage) -> None:
+    """The largest that is taken; one more is among the lies below, and made the whole segment unreadable."""
+    replica = replica_of(storage)
+    largest = decision(storage, release=MAX_INT, arm="holdout", observation=nested(64), action={"a": nested(63)})
+    assert ask(storage, replica, "POST", "/v1/decisions", {"decisions": [largest]}).status == 200
+    asyncio.run(replica._stop())
+    [segment] = storage.decisions(NAME).glob("*.jsonl")
+    info = seal(segment)
+    assert info is not None and info.num_rows == 1
+    assert [msgspec.to_builtins(found) for found in logged(storage)] == [largest]
+
+
 LIES = {
     "an id without a lease": (lambda s: {"decision_id": DecisionIds.of(s).name("r1")}, 404, "not named under a lease"),
     "an id of another deployment": (
@@ -189,6 +209,11 @@ LIES = {
     "an arm of the client's choice": (lambda s: {"assigned": "request"}, 422, "rung, shield"),
     "a fallback without a reason": (lambda s: {"rung": "champion"}, 422, "rung, shield"),
     "a plan to come": (lambda s: {"plan": 99}, 503, "this replica is at plan 2"),
+    "a plan before all": (lambda s: {"plan": -(10**30)}, 422, "plan and release are -1000"),
+    "a release that no column holds": (lambda s: {"release": 2**63}, 422, "plan and release are 2 and 9223372036854775808"),
+    "an arm that no plan has": (lambda s: {"arm": "x" * 300}, 422, "arm is 'xxx"),
+    "an observation nested too deeply to be read again": (lambda s: {"observation": nested(900)}, 422, "more than 64 levels"),
+    "an action nested too deeply": (lambda s: {"action": {"a": nested(64)}}, 422, "more than 64 levels"),
     "an unknown key": (lambda s: {"seeds": [1], "seed": "x"}, 422, "Expected `int`"),
 }
 

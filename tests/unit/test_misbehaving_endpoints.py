@@ -4,8 +4,10 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import urllib3
 
 from policies.errors import ClusterError, Overloaded, RequestInvalid, TrimtabError, Unauthorized
 from tests.scripted_server import Exchange, serving
@@ -53,6 +55,7 @@ PASSING = {
     "500": lambda exchange: exchange.refuse(500),
     "hangs up": lambda exchange: exchange.hang_up(),
     "killed in the middle of its answer": killed,
+    "a proxy that knows no policy yet": lambda exchange: exchange.answer(404, "Path '/v1/decide' not found."),
 }
 
 
@@ -106,6 +109,22 @@ def test_a_limit_for_each_piece_alone_would_never_end_against_one_that_drips(mon
         thread.join(2.0)
         assert thread.is_alive()
     thread.join(10)
+
+
+def test_what_connecting_takes_is_not_there_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first packet that is lost comes again after a second; with a limit for each of the two a call takes twice as long."""
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(2.0)
+        return connect(*args, **options)
+
+    connect = urllib3.util.connection.create_connection
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", slowly)
+    with serving(NEVER["says nothing"]) as server:
+        started_s = time.monotonic()
+        with pytest.raises(ClusterError):
+            ask_sync(server.url, 2.5)
+        assert time.monotonic() - started_s < 3.7  # 4.5 with a limit for each
 
 
 @both

@@ -199,6 +199,41 @@ MALFORMED: dict[str, tuple[bytes, str | None, str]] = {
         None,
         "holds '4'; expected 4 of FP32",
     ),
+    "null among numbers": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":[1,null,3,"0.5"]}]}',
+        None,
+        "holds None; expected 4 of FP32",
+    ),
+    "null among integers": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"INT64","data":[1,null,3,4]}]}',
+        None,
+        "holds None; expected 4 of INT64",
+    ),
+    "nothing of an impossible shape": (
+        b'{"inputs":[{"name":"observation","shape":[0,2147483648,2147483648,2147483648],"datatype":"FP32","data":[]}]}',
+        None,
+        "no array has",
+    ),
+    "bytes of a size that no array has": (
+        b'{"inputs":[{"name":"observation","shape":[1180591620717411303424,0],"datatype":"FP32",'
+        b'"parameters":{"binary_data_size":0}}]}',
+        "124",
+        "no array has",
+    ),
+    "a deadline beyond all numbers": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":[0,0,0,0]}],"parameters":{"deadline_ms":1'
+        + b"0" * 400
+        + b"}}",
+        None,
+        "the deadline is 1000",
+    ),
+    "a timeout beyond all numbers": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":[0,0,0,0]}],"parameters":{"timeout":1'
+        + b"0" * 400
+        + b"}}",
+        None,
+        "the deadline is 600000",
+    ),
     "a datatype that is none": (
         b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP31","data":[1,2,3,4]}]}',
         None,
@@ -260,6 +295,9 @@ def test_a_dict_of_parts_is_one_input_per_part_with_a_mask(tmp_path: Path) -> No
         gear = triton.InferInput("gear", [2], "INT64").set_data_from_numpy(np.array([2, 0]))
         place = triton.InferInput("position", [2, 2], "FP32").set_data_from_numpy(np.array([[1, 2], [3, 4]], np.float32))
         mask = triton.InferInput("action_mask", [2, 4], "BOOL").set_data_from_numpy(np.array([[0, 0, 1, 0], [1, 0, 0, 0]], bool))
+        halves = triton.InferInput("action_mask", [2, 4], "FP32").set_data_from_numpy(np.full((2, 4), 0.5, np.float32))
+        with pytest.raises(InferenceServerException, match="'action_mask' must be BOOL or integers"):
+            client.infer(NAME, [gear, place, halves], headers=headers)
         answer = client.infer(NAME, [gear, place, mask], headers=headers)
         assert answer.as_numpy("action").tolist() == [2, 0], "the mask leaves one choice each"
     first, second = logged(storage)

@@ -209,7 +209,7 @@ def test_every_outcome_has_a_verdict() -> None:
         (b'{"error":{"status":404,"message":"decision x was not made by this deployment"}}', Verdict.ANSWER),
         (b"Path '/v1/decide' not found. Ping http://.../-/routes for available routes.", Verdict.AGAIN),
         (b"<html>404</html>", Verdict.AGAIN),
-        (b'{"error":"no"}', Verdict.AGAIN),
+        (b'{"detail":"no"}', Verdict.AGAIN),
     ],
 )
 def test_a_404_that_is_not_ours_comes_from_a_proxy_that_has_not_heard_of_us_yet(body: bytes, verdict: Verdict) -> None:
