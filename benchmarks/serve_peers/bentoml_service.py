@@ -3,7 +3,7 @@
 Chosen from its documentation: a worker per processor, because inference is bound by the processor; `batchable=True` with a
 generous `max_latency_ms`, because a tight one is answered with 503 (at 10 ms four in ten requests under load were, at 100 ms
 two or three in a hundred); no access log, no metrics, no usage statistics. Async methods, which it does not hand to a thread.
-Lists, which it validates faster than arrays. A batchable API takes and gives lists: one observation is `[[…]]` and its action `[0]`;
+Lists, which it validates faster than arrays. A batchable API takes and gives lists: one observation is `[[…]]`, its action `[0]`;
 the service in front that would make a single object of them costs a second hop, so the benchmark speaks lists with it.
 """
 
