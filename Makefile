@@ -27,6 +27,9 @@ bench: $(VENV)/.bench  ## the benchmarks of speed, one after the other; nothing 
 	$(BIN)/python -m benchmarks.serve_batches
 	$(BIN)/python -m benchmarks.serve_overheads
 	$(BIN)/python -m benchmarks.gates
+	$(BIN)/python -m benchmarks.serve_budget
+	$(BIN)/python -m benchmarks.serve_swaps
+	$(BIN)/python -m benchmarks.serve_overload
 	$(BIN)/python -m benchmarks.bundle
 	$(BIN)/python -m benchmarks.exports
 

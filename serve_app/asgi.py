@@ -39,7 +39,7 @@ class Request(NamedTuple):
         require_plain(self.header(b"content-encoding"))
         declared = self.header(b"content-length")
         if declared is not None and int(declared) > max_bytes:
-            raise _too_large(max_bytes)
+            raise too_large(max_bytes)
         body, is_complete = self._checked(await self.receive(), 0, max_bytes)
         if is_complete:
             return body
@@ -61,7 +61,7 @@ class Request(NamedTuple):
             raise ClientGone
         chunk = message.get("body", b"")
         if size + len(chunk) > max_bytes:
-            raise _too_large(max_bytes)
+            raise too_large(max_bytes)
         return chunk, not message.get("more_body", False)
 
 
@@ -87,5 +87,6 @@ def require_plain(content_encoding: bytes | None) -> None:
         raise RequestInvalid(f"content-encoding is {content_encoding[:40].decode('latin-1')!r}; send the body uncompressed", 415)
 
 
-def _too_large(max_bytes: int) -> RequestInvalid:
+def too_large(max_bytes: int) -> RequestInvalid:
+    """Return the refusal of a body beyond the limit."""
     return RequestInvalid(f"the body is larger than {max_bytes} bytes, the limit", 413)

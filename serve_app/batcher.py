@@ -42,7 +42,6 @@ class Batcher(Generic[Item]):
         self._max_queue = max_queue
         self._waiting: deque[tuple[Item, int, Deliver, float]] = deque()
         self._num_rows = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._is_scheduled = False
 
     def __len__(self) -> int:
@@ -83,8 +82,7 @@ class Batcher(Generic[Item]):
 
     def _schedule(self) -> None:
         self._is_scheduled = True
-        self._loop = asyncio.get_running_loop()
-        self._loop.call_soon(self._answer_batch)
+        asyncio.get_running_loop().call_soon(self._answer_batch)
 
     def _answer_batch(self) -> None:
         self._is_scheduled = False

@@ -13,8 +13,8 @@ from typing import Any
 import httptools
 
 from policies.errors import Overloaded, RequestInvalid, RequestRefused
-from serve_app.asgi import JSON, Request, Response, require_plain
-from serve_app.http_api import HttpApi
+from serve_app.asgi import JSON, Request, Response, require_plain, too_large
+from serve_app.http_api import HttpApi, error_response
 from serve_app.ingress import ARM_HEADER, Ingress, num_rows_of
 from serve_app.keys import ApiKey
 from serve_app.known_heads import KnownHead, Received, has_head, learn_head
@@ -115,7 +115,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
         if len(self._lane.connections) >= MAX_CONNECTIONS:
-            self._refuse(_error(503, f"{MAX_CONNECTIONS} connections are open, the limit; try again in a moment"))
+            self._refuse(error_response(503, f"{MAX_CONNECTIONS} connections are open, the limit; try again in a moment"))
         self._lane.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -139,7 +139,7 @@ class Connection(asyncio.Protocol):
             self._refuse(
                 self._lane.api.failure_response(cause, _path_of(self._url))
                 if is_ours
-                else _error(400, f"this is not HTTP/1.1: {error}")
+                else error_response(400, f"this is not HTTP/1.1: {error}")
             )
         self._last = None  # its body may be large, and the connection be kept for hours
 
@@ -195,7 +195,7 @@ class Connection(asyncio.Protocol):
         headers = dict(reversed(self._headers))  # of several, the first one counts
         length = int(headers.get(b"content-length", 0))
         if length > self._lane.max_body_bytes:
-            raise _too_large(self._lane.max_body_bytes)
+            raise too_large(self._lane.max_body_bytes)
         require_plain(headers.get(b"content-encoding"))
         if length or b"transfer-encoding" in headers or self._parser.get_method() == b"POST":
             self._key = self._lane.api.keys.recognise(headers.get(b"authorization"))
@@ -205,7 +205,7 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._body_size += len(body)
         if self._body_size > self._lane.max_body_bytes:
-            raise _too_large(self._lane.max_body_bytes)
+            raise too_large(self._lane.max_body_bytes)
         self._body.append(body)
 
     def on_message_complete(self) -> None:
@@ -334,7 +334,7 @@ class Connection(asyncio.Protocol):
             if now_s - self._closing_since_s > CLOSE_TIMEOUT_S:
                 self._transport.abort()  # closing waits until all answers are read, by a client that does not read
         elif self._since_s is not None and now_s - self._since_s > REQUEST_TIMEOUT_S and not self._is_answering:
-            self._refuse(_error(408, f"the request did not arrive within {REQUEST_TIMEOUT_S:g} s"))
+            self._refuse(error_response(408, f"the request did not arrive within {REQUEST_TIMEOUT_S:g} s"))
         elif self._since_s is None and not self._is_answering and now_s - self._idle_since_s > IDLE_TIMEOUT_S:
             self._close()
 
@@ -365,7 +365,7 @@ class Connection(asyncio.Protocol):
         limit = MAX_HEADER_BYTES if self._is_in_head else MAX_HEADER_BYTES + 8 * self._lane.max_body_bytes
         if self._num_unfinished > limit:
             status = 431 if self._is_in_head else 413
-            self._refuse(_error(status, f"the request goes on after {limit} bytes, the limit"))
+            self._refuse(error_response(status, f"the request goes on after {limit} bytes, the limit"))
 
     def _count_header_bytes(self, num_bytes: int) -> None:
         self._header_size += num_bytes
@@ -386,14 +386,6 @@ class Connection(asyncio.Protocol):
 
 def _path_of(url: bytes) -> str:
     return url.partition(b"?")[0].decode("latin-1")
-
-
-def _too_large(max_bytes: int) -> RequestInvalid:
-    return RequestInvalid(f"the body is larger than {max_bytes} bytes, the limit", 413)
-
-
-def _error(status: int, message: str) -> Response:
-    return Response(status, encode({"error": {"status": status, "message": message}}))
 
 
 def _as_request(received: Received) -> Request:

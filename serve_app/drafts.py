@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from policies.errors import RequestConflict, RequestRefused
 from policies.records import Decision, DecisionBatch
@@ -59,9 +59,6 @@ def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[
     """Return the log's record of many decisions. `rows` are their places among those that were asked for."""
     is_all = len(rows) == len(ask.decision_ids)
     units = ask.unit_ids
-    arms = {answer.arm for answer in answers}
-    versions = {answer.version for answer in answers}
-    modes = {answer.mode for answer in answers}
     return DecisionBatch(
         batch_id=ask.batch_id,
         decision_ids=ask.decision_ids if is_all else [ask.decision_ids[row] for row in rows],
@@ -70,16 +67,16 @@ def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[
         episode_ids=None if ask.episode_ids is None else [ask.episode_ids[row] for row in rows],
         plan=at.plan.number,
         release=at.plan.release,
-        arms=_same([answer.arm for answer in answers], arms),
-        versions=_same([answer.version for answer in answers], versions),
+        arms=_same([answer.arm for answer in answers]),
+        versions=_same([answer.version for answer in answers]),
         digests={answer.version: answer.digest for answer in answers},
         observations=_observations(ask, encoded, rows),
         shape=None if ask.numbers is None else list(ask.numbers.shape[1:]),
         actions=[answer.action for answer in answers],
-        modes=_same([answer.mode for answer in answers], modes),
+        modes=_same([answer.mode for answer in answers]),
         seeds=[answer.seed for answer in answers],
         propensities=[answer.propensity for answer in answers],
-        mixture_propensities=_column([answer.mixture_propensity for answer in answers], len(at.plan.arms) == 1),
+        mixture_propensities=None if len(at.plan.arms) == 1 else [answer.mixture_propensity for answer in answers],
         fallbacks=_unless_empty([answer.fallback for answer in answers]),
         latency_s=at.now_s - ask.started_s,
         action_masks=None if encoded.mask_BA is None else encoded.mask_BA[_places(encoded, rows)].tolist(),
@@ -90,7 +87,7 @@ def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[
     )
 
 
-def answer_of(decision: Decision, policy: str, parameters_P: np.ndarray | None, *, explain: bool) -> DecideAnswer:
+def answer_of(decision: Decision, policy: str | UnsetType, parameters_P: np.ndarray | None, *, explain: bool) -> DecideAnswer:
     """Return what the client is told."""
     return DecideAnswer(
         decision.decision_id,
@@ -105,18 +102,13 @@ def answer_of(decision: Decision, policy: str, parameters_P: np.ndarray | None, 
     )
 
 
-def explanation_of(decision: Decision, parameters_P: np.ndarray | None) -> Explanation:
+def explanation_of(decision: Decision | Answer, parameters_P: np.ndarray | None) -> Explanation:
     distribution = None if parameters_P is None else parameters_P.tolist()
     return Explanation(distribution, decision.seed, decision.mode, decision.mixture_propensity, decision.rung, decision.shield)
 
 
 def one_of_many(ask: ManyAsk, row: int, answer: Answer, repair: str | None) -> DecideAnswer:
     """Return what the client is told of one of many decisions."""
-    explanation = None
-    if ask.explain:
-        parameters_P = answer.parameters_P
-        distribution = None if parameters_P is None else parameters_P.tolist()
-        explanation = Explanation(distribution, answer.seed, answer.mode, answer.mixture_propensity, answer.rung, answer.shield)
     return DecideAnswer(
         ask.decision_ids[row],
         answer.action,
@@ -126,7 +118,7 @@ def one_of_many(ask: ManyAsk, row: int, answer: Answer, repair: str | None) -> D
         answer.propensity,
         answer.fallback,
         repair,
-        explanation,
+        explanation_of(answer, answer.parameters_P) if ask.explain else None,
     )
 
 
@@ -158,17 +150,7 @@ def row_told_again(ask: ManyAsk, row: int, logged: Decision, spaces: Spaces) -> 
         )
     except RequestRefused as error:
         return failure_of(error)
-    return DecideAnswer(
-        logged.decision_id,
-        logged.action,
-        UNSET,
-        logged.version,
-        logged.arm,
-        logged.propensity,
-        logged.fallback,
-        logged.repair,
-        explanation_of(logged, None) if ask.explain else None,
-    )
+    return answer_of(logged, UNSET, None, explain=ask.explain)
 
 
 def _require_same(
@@ -202,12 +184,9 @@ def _places(encoded: Encoded, rows: Sequence[int]) -> list[int]:
     return [place[row] for row in rows]
 
 
-def _same(values: list[Any], distinct: set[Any]) -> Any:
-    return values[0] if len(distinct) == 1 else values
-
-
-def _column(values: list[float], is_left_out: bool) -> list[float] | None:
-    return None if is_left_out else values
+def _same(values: list[Any]) -> Any:
+    """Return the one value that all are, or else the list."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _unless_empty(values: list[str | None]) -> list[str | None] | None:

@@ -124,7 +124,7 @@ class HttpApi:
         if isinstance(error, RequestRefused):
             return _refusal(error, path)
         logger.error("event=request_failed path=%s", path, exc_info=error)
-        return _error(500, f"internal error: {type(error).__name__}; the replica's log has the details")
+        return error_response(500, f"internal error: {type(error).__name__}; the replica's log has the details")
 
     def route(self, path: str, method: str) -> Route:
         """Return who answers a path; raises `RequestInvalid` with 404."""
@@ -142,7 +142,7 @@ class HttpApi:
     async def _answer(self, route: Route, method: str, request: Request) -> Response:
         """Let a route answer whoever may ask, and count the request as its key's for as long as that takes."""
         if method != route.method:
-            return _error(405, f"this path takes {route.method}", [(b"allow", route.method.encode())])
+            return error_response(405, f"this path takes {route.method}", [(b"allow", route.method.encode())])
         if not route.scopes:
             return await route.handler(request, None)
         key = self.keys.check(request.header(b"authorization"), *route.scopes)  # before a byte of the body is read
@@ -242,8 +242,8 @@ def _refusal(refusal: RequestRefused, path: str) -> Response:
         headers.append((b"connection", b"close"))
     if path.startswith("/v2"):  # the protocol says how an error looks
         return Response(refusal.status, encode({"error": str(refusal)}), headers=headers)
-    return _error(refusal.status, str(refusal), headers)
+    return error_response(refusal.status, str(refusal), headers)
 
 
-def _error(status: int, message: str, headers: list[tuple[bytes, bytes]] | None = None) -> Response:
+def error_response(status: int, message: str, headers: list[tuple[bytes, bytes]] | None = None) -> Response:
     return Response(status, encode({"error": {"status": status, "message": message}}), headers=headers or ())

@@ -115,10 +115,7 @@ class Ingress:
 
     def snapshot(self) -> Snapshot:
         """Return the plan in force; raises `ServiceUnavailable` while no champion is loaded."""
-        snapshot = self._variants.snapshot
-        if snapshot is None:
-            raise ServiceUnavailable(f"no champion of {self._policy} is loaded: {self._variants.why_not_ready()}")
-        return snapshot
+        return self._variants.in_force(self._policy)
 
     def _answer_batch(self, asks: list[Ask | ManyAsk], delivers: list[Deliver]) -> None:
         """Decide for all, write all down, and only then let the answers go.

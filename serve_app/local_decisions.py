@@ -126,10 +126,7 @@ class LocalDecisions:
         return encode({"accepted": len(asked.decisions)})
 
     def _snapshot(self) -> Snapshot:
-        snapshot = self._variants.snapshot
-        if snapshot is None:
-            raise ServiceUnavailable(f"no champion of {self._policy} is loaded: {self._variants.why_not_ready()}")
-        return snapshot
+        return self._variants.in_force(self._policy)
 
     async def _look_up(self, versions: list[int]) -> None:
         """Learn the digests of versions that this replica never answered with: it may be younger than the decisions."""

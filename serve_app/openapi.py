@@ -37,6 +37,33 @@ _REFUSALS = {
 
 def openapi_document(policy: str, spaces: Spaces | None, *, version: str) -> dict[str, Any]:
     """Return the document; `spaces` are the champion's, None while there is none: then an observation may be anything."""
+    components = _schemas(spaces)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"Trimtab: {policy}", "version": version},
+        "paths": _paths(policy),
+        "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def observation_schema(observation: Observation) -> dict[str, Any]:
+    """Return the JSON schema of one observation."""
+    if isinstance(observation, Box):
+        return _box_schema(observation.low, observation.high)
+    if isinstance(observation, Categories):
+        ranges = [{"type": "integer", "minimum": s, "maximum": s + n - 1} for n, s in zip(observation.nvec, observation.starts)]
+        return ranges[0] if not observation.shape else _nested(ranges, observation.shape)
+    if isinstance(observation, Bits):
+        size = int(np.prod(observation.shape))
+        return _nested([{"type": "integer", "minimum": 0, "maximum": 1}] * size, observation.shape)
+    parts = [observation_schema(part) for part in observation.parts]
+    if observation.names is None:
+        return {"type": "array", "prefixItems": parts, "items": False, "minItems": len(parts)}
+    return _object(dict(zip(observation.names, parts)), is_open=False)
+
+
+def _schemas(spaces: Spaces | None) -> dict[str, Any]:
+    """Return the schema of every body by name, with what the types alone do not say."""
     _, components = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
     for name in ("request_id", "request_ids"):  # JSON Schema's expressions have no `\\Z`
         _end_patterns_with_dollar(components["DecideRequest"]["properties"][name])
@@ -59,6 +86,11 @@ def openapi_document(policy: str, spaces: Spaces | None, *, version: str) -> dic
     }
     components["Error"] = _object({"error": _object({"status": {"type": "integer"}, "message": {"type": "string"}})})
     components["ProtocolError"] = _object({"error": {"type": "string"}})
+    return components
+
+
+def _paths(policy: str) -> dict[str, Any]:
+    """Return what each path takes and answers."""
     one_or_many = {"oneOf": [_ref("DecideAnswer"), _ref("DecideManyAnswer")]}
     feedback = {
         "oneOf": [
@@ -69,7 +101,7 @@ def openapi_document(policy: str, spaces: Spaces | None, *, version: str) -> dic
     accepted = _object({"accepted": {"type": "integer"}})
     anything: dict[str, Any] = {"type": "object"}
     model = f"/v2/models/{policy}"
-    paths: dict[str, Any] = {
+    return {
         "/v1/decide": {
             "post": _operation(
                 "Decide", "decide", one_or_many, (400, 401, 403, 408, 409, 413, 415, 422, 429, 503, 504), _ref("DecideRequest")
@@ -135,28 +167,6 @@ def openapi_document(policy: str, spaces: Spaces | None, *, version: str) -> dic
             )
         },
     }
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": f"Trimtab: {policy}", "version": version},
-        "paths": paths,
-        "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-    }
-
-
-def observation_schema(observation: Observation) -> dict[str, Any]:
-    """Return the JSON schema of one observation."""
-    if isinstance(observation, Box):
-        return _box_schema(observation.low, observation.high)
-    if isinstance(observation, Categories):
-        ranges = [{"type": "integer", "minimum": s, "maximum": s + n - 1} for n, s in zip(observation.nvec, observation.starts)]
-        return ranges[0] if not observation.shape else _nested(ranges, observation.shape)
-    if isinstance(observation, Bits):
-        size = int(np.prod(observation.shape))
-        return _nested([{"type": "integer", "minimum": 0, "maximum": 1}] * size, observation.shape)
-    parts = [observation_schema(part) for part in observation.parts]
-    if observation.names is None:
-        return {"type": "array", "prefixItems": parts, "items": False, "minItems": len(parts)}
-    return _object(dict(zip(observation.names, parts)), is_open=False)
 
 
 def _box_schema(low: np.ndarray, high: np.ndarray) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class _Batch(NamedTuple):
 class Shadowing:
     """Takes batches that were decided and asks the shadows about them, one batch in each turn of the event loop.
 
-    So answers of one turn leave before a shadow computes, and requests that came meanwhile wait for one shadow's batch at most.
+    So answers of one turn leave before a shadow computes, and requests that came meanwhile wait for all shadows of one batch.
     """
 
     def __init__(self, log: SegmentWriter, *, wall_clock: Callable[[], float]) -> None:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from policies.distributions import Mode
-from policies.errors import IntegrityError, TrimtabError
+from policies.errors import IntegrityError, ServiceUnavailable, TrimtabError
 from policies.policy import Policy
 from policies.registry import Registry, RegistryState
 from policies.spaces import Spaces
@@ -86,6 +86,12 @@ class VariantStore:
     def versions(self) -> list[int]:
         """The versions in memory."""
         return sorted(list(self._loaded))
+
+    def in_force(self, policy: str) -> Snapshot:
+        """Return the snapshot; raises `ServiceUnavailable` while no champion is loaded."""
+        if self.snapshot is None:
+            raise ServiceUnavailable(f"no champion of {policy} is loaded: {self.why_not_ready()}")
+        return self.snapshot
 
     def why_not_ready(self) -> str:
         """Say why there is no snapshot."""

@@ -129,12 +129,12 @@ def refusals() -> dict[str, int]:
 
 
 def statuses_sent() -> dict[int, set[str]]:
-    """Return the statuses that stand in the code beside a `RequestInvalid`, an `_error` or a `Response`."""
+    """Return the statuses that stand in the code beside a `RequestInvalid`, an `error_response` or a `Response`."""
     found: dict[int, set[str]] = {422: {"RequestInvalid"}}  # its default
     for tree in syntax_trees():
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
             name = cast(ast.Name, call.func).id
-            place = {"RequestInvalid": 1, "_error": 0, "Response": 0}.get(name)
+            place = {"RequestInvalid": 1, "error_response": 0, "Response": 0}.get(name)
             if place is not None and len(call.args) > place and isinstance(call.args[place], ast.Constant):
                 found.setdefault(cast(ast.Constant, call.args[place]).value, set()).update({name} & {"RequestInvalid"})
     return found

@@ -19,7 +19,7 @@ from policies.records import Decision
 from policies.registry import Registry
 from policies.spaces import Choices, Spaces
 from policies.storage import Storage, open_storage
-from tests.served_replica import served
+from tests.direct_replica import direct_replica
 from tests.serving_helpers import NAME, golden_of, publish, random_policy, read_new, release
 
 
@@ -33,9 +33,9 @@ def storage(tmp_path: Path) -> Storage:
 @contextmanager
 def client_of(storage: Storage) -> Iterator[tuple[triton.InferenceServerClient, dict[str, str], str]]:
     """Yield Triton's client of a replica, the headers with its key, and its address."""
-    with served(storage) as (_, url):
-        client = triton.InferenceServerClient(url.removeprefix("http://"), connection_timeout=10, network_timeout=10)
-        yield client, {"Authorization": f"Bearer {storage.api_key_file.read_text()}"}, url
+    with direct_replica(storage) as replica:
+        client = triton.InferenceServerClient(replica.url.removeprefix("http://"), connection_timeout=10, network_timeout=10)
+        yield client, {"Authorization": f"Bearer {replica.key}"}, replica.url
         client.close()
 
 

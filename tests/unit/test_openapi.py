@@ -22,7 +22,7 @@ from policies.observations import Bits, Box, Categories, Group
 from policies.records import Decision
 from policies.storage import Storage, open_storage
 from serve_app.openapi import observation_schema, openapi_document
-from tests.served_replica import served
+from tests.direct_replica import direct_replica
 from tests.serving_helpers import NAME, publish, random_policy, read_new
 
 NUM_CASES = 20_000
@@ -37,8 +37,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 @pytest.fixture(scope="module")
 def endpoint(storage: Storage) -> Iterator[str]:
-    with served(storage, max_body_bytes=65_536) as (_, url):
-        yield url
+    with direct_replica(storage, max_body_bytes=65_536) as replica:
+        yield replica.url
 
 
 def headers_of(storage: Storage) -> dict[str, str]:
