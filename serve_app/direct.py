@@ -50,7 +50,7 @@ class DirectLane:
     async def start(self, host: str, port: int = 0) -> int:
         """Listen; port 0 is any free one."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(self, loop), host, port, backlog=1024)
+        self._server = await loop.create_server(lambda: Connection(self, loop), host, port, backlog=MAX_CONNECTIONS)
         self.port = self._server.sockets[0].getsockname()[1]
         self.start_sweeping()
         return self.port

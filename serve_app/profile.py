@@ -1,6 +1,10 @@
 """Which environment variables make Ray Serve fast; they are read when `ray.serve` is imported, in every process."""
 
 import os
+import sysconfig
+from pathlib import Path
+
+from serve_app.haproxy_binary import BINARY_VARIABLE
 
 _VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy instead of a Python proxy, straight to the replicas
@@ -31,6 +35,9 @@ def serve_profile_environment() -> dict[str, str]:
     A variable that is set already is the operator's choice and is left out.
     """
     variables = dict(_VARIABLES)
+    binary = Path(sysconfig.get_path("scripts"), "trimtab-haproxy")
+    if binary.exists():  # not where Trimtab is used from a checkout without being installed
+        variables[BINARY_VARIABLE] = str(binary)
     if (os.cpu_count() or 1) <= _SMALL_MACHINE_CPUS:
         variables["RAY_SERVE_HAPROXY_NBTHREAD"] = "1"
     return {name: value for name, value in variables.items() if name not in os.environ}

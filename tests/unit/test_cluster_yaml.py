@@ -3,6 +3,7 @@
 import copy
 import os
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def test_every_node_starts_ray_with_the_serve_profile_and_the_token(
     for name in [name for name in os.environ if name.startswith("RAY_SERVE_")]:
         monkeypatch.delenv(name)  # an operator's own choice is left out of the profile, and this must not depend on it
     monkeypatch.setattr(os, "cpu_count", lambda: num_cpus)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "trimtab-venv" / "bin"))
+    (tmp_path / "trimtab-venv" / "bin" / "trimtab-haproxy").touch()
     assert seen == serve_profile_environment() | {"RAY_AUTH_MODE": "token"}
 
 
