@@ -20,7 +20,7 @@ from serve_app.wire import (
 
 _TYPES = (DecideRequest, DecideAnswer, DecideFailure, DecideManyAnswer, FeedbackRequest, OverrideRequest, InferRequest)
 _REFUSALS = {
-    400: "the body is not JSON, or not what the protocol says",
+    400: "the body is not JSON, not what the protocol says, or has a state that is none of this policy's",
     401: "the API key is missing or wrong",
     403: "the API key is not for this",
     404: "there is no such decision, model or version",

@@ -5,10 +5,12 @@ import base64
 import binascii
 import itertools
 import json
+import os
 import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,17 @@ from tests.serving_helpers import NAME, Reply, call, publish, random_policy, rea
 from training.config import EnvironmentConfig
 from training.environment import read_spaces
 from training.vectorization import make_single
+from trimtab import session as sessions
 from trimtab.async_client import AsyncClient
 from trimtab.client import Client
+from trimtab.commands import online
 from trimtab.drive import drive
 from trimtab.loop_file import load_loop_file
 from trimtab.replay import replay
+from trimtab.session import Session
 
-ENVIRONMENT = load_loop_file(Path(__file__).parents[2] / "examples/cartpole_history.yaml").environment
+LOOP_FILE = Path(__file__).parents[2] / "examples/cartpole_history.yaml"
+ENVIRONMENT = load_loop_file(LOOP_FILE).environment
 SPACES = read_spaces(ENVIRONMENT)  # 4 frames of 2 numbers: position up to 4.8 and angle up to 0.419
 FRAME, NEXT = [0.5, -0.25], [1.0, 0.125]  # float32 has all of these exactly
 
@@ -484,6 +490,21 @@ def test_drive_plays_with_states_what_the_environment_shows(storage: Storage, re
         for decision in episode:
             assert decision.observation == observation.tolist()
             observation, *_ = env.step(decision.action)
+
+
+def test_the_commands_decide_and_drive_send_states(
+    storage: Storage, replica: DirectReplica, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session(NAME, 1, replica.url, str(storage.api_key_file), os.getpid(), "here", "nowhere")
+    where = {"loop_file": LOOP_FILE, "storage": str(storage.root)}
+    with sessions._locked(storage):  # as a session that serves holds it
+        storage.session_file.write_text(json.dumps(asdict(session)))
+        assert online.decide("[0.5, -0.25]", state="", **where) == 0
+        assert f"state {token(FRAME, FRAME, FRAME)}\n" in capsys.readouterr().out
+        assert online.decide("[1, 0.125]", state=token(FRAME, FRAME, FRAME), as_json=True, **where) == 0
+        assert json.loads(capsys.readouterr().out)["state"] == token(FRAME, FRAME, NEXT)
+        assert online.drive(episodes=2, seconds=60, concurrency=1, seed=0, as_json=True, **where) == 0
+        assert json.loads(capsys.readouterr().out)["episodes"] == 2
 
 
 def test_the_open_inference_protocol_takes_whole_observations(storage: Storage) -> None:
