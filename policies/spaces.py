@@ -92,7 +92,7 @@ class Spaces:
     high_D: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.history != 1 or self.history is True:
+        if type(self.history) is not int or self.history != 1:  # to Python 1.0 and true are 1
             _require_frames(self.observation, self.history)
         low_D, high_D = self.observation.bounds()
         object.__setattr__(self, "low_D", low_D)

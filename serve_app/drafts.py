@@ -170,12 +170,13 @@ def row_told_again(ask: ManyAsk, row: int, logged: Decision, spaces: Spaces) -> 
 def _different_frames(logged: Decision, observation: Any, state: str | None, spaces: Spaces) -> list[str]:
     """Return which of an observation and a state are others than in the log, which holds them as one observation.
 
-    One that was mended is not compared: then the log holds another one than the request.
+    One that was mended is not compared: then the log holds another one than the request. Bounds are not looked at again: they
+    may have been wider when this was decided.
     """
     is_mended = logged.repair is not None
     if state is None:
         return ["observation"] if not is_mended and observation != logged.observation else []
-    newest = logged.observation[-1]
+    spaces, newest = spaces.without_observation_bounds(), logged.observation[-1]
     frame_F = spaces.check_frame(newest if is_mended else observation)
     *earlier, frame = history.as_observation(history.with_frame(frame_F, state, spaces), spaces)
     different = {"observation": frame != newest, "state": earlier != logged.observation[:-1]}

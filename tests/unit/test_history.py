@@ -141,6 +141,7 @@ def test_spaces_with_a_history_survive_the_way_through_json() -> None:
         ({"history": 0}, "integer from 1 to 64"),
         ({"history": 65}, "integer from 1 to 64"),
         ({"history": True}, "integer from 1 to 64"),
+        ({"history": 1.0}, "integer from 1 to 64"),
         ({"history": 3.0}, "integer from 1 to 64"),
         ({"history": "3"}, "integer from 1 to 64"),
         ({"history": None}, "integer from 1 to 64"),

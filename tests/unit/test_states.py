@@ -10,7 +10,7 @@ import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ from policies.errors import RequestConflict, RequestInvalid
 from policies.history import as_observation, state_after, with_frame
 from policies.log_reader import LogTail
 from policies.network import Architecture
+from policies.observations import Box
 from policies.policy import Policy
 from policies.records import Decision
 from policies.spaces import Spaces
 from policies.storage import Storage, open_storage
+from policies.traffic import champion_only
 from serve_app.config import ServingConfig
 from serve_app.openapi import openapi_document
 from serve_app.replica import PolicyReplica
 from tests.bundles import golden_as_trained, policy_on
 from tests.direct_replica import DirectReplica, direct_replica
-from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release
+from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release, snapshot_of, variant_of
 from training.config import EnvironmentConfig
 from training.environment import read_spaces
 from training.vectorization import make_single
@@ -232,6 +234,17 @@ def test_the_same_id_with_another_state_or_frame_is_a_conflict_that_says_which(s
     assert len(logged(storage)) == 1
     [reply] = ask(storage, replica, body | {"state": "no state"})
     assert reply.status == 400 and "8 characters, this policy's have 34" in reply.error
+
+
+def test_what_was_decided_within_wider_bounds_is_told_again(storage: Storage) -> None:
+    replica, body = replica_of(storage), {"observation": [4.0, 0.0], "state": token(*[[4.0, 0.0]] * 3), "request_id": "r"}
+    answer = told(storage, replica, body)
+    bound = np.full((4, 2), 0.5, np.float32)
+    narrow = policy_on(replace(SPACES, observation=Box(-bound, bound)), Architecture((8,)))
+    replica._variants.snapshot = snapshot_of(champion_only(2, 2), variant_of(2, narrow))
+    assert told(storage, replica, body) == answer
+    [reply] = ask(storage, replica, body | {"request_id": "new"})
+    assert reply.status == 422, "the control"
 
 
 # --- many ---
