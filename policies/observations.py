@@ -276,9 +276,15 @@ def _item_path(path: str, index: int, shape: tuple[int, ...]) -> str:
 
 
 def _outermost(bound: np.ndarray, direction: float) -> np.ndarray:
-    """Return the float64 halfway to the next float32, and the largest float32 for an open bound: 1e39 is no finite float32."""
+    """Return the outermost float64 that is rounded to the bound; the largest float32 for an open one: 1e39 is no finite float32.
+
+    That is halfway to the next float32, or just before it: halfway itself is rounded to the even one of the two.
+    """
+    exact = bound.astype(np.float64)
     beyond = np.nextafter(bound, np.float32(direction)).astype(np.float64)
-    return np.clip((bound.astype(np.float64) + beyond) / 2, -LARGEST_FLOAT32, LARGEST_FLOAT32)
+    halfway = np.clip((exact + beyond) / 2, -LARGEST_FLOAT32, LARGEST_FLOAT32)
+    is_beyond = np.isfinite(bound) & (halfway.astype(np.float32) != bound)
+    return np.where(is_beyond, np.nextafter(halfway, exact), halfway)
 
 
 def _bounds(array: np.ndarray) -> Any:

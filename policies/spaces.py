@@ -1,6 +1,7 @@
 """Which observations and actions a policy takes, as JSON, and whether a value fits."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from policies.errors import IntegrityError, RequestInvalid, SpaceUnsupported
 from policies.observations import LARGEST_FLOAT32, MAX_FEATURES, Bits, Box, Categories, Group, Observation
 
 MAX_ACTION_SIZE = 4096
+MAX_HISTORY = 64
+MAX_STATE_BYTES = 1 << 16  # of the frames that a caller keeps and sends with each observation, see `policies/history.py`
 ACTION_MASK = "action_mask"  # the key of an observation or of `info` in which an environment says which actions exist now
 
 
@@ -75,15 +78,22 @@ Action = Choices | Numbers
 
 @dataclass(frozen=True, eq=False)
 class Spaces:
-    """What goes in, what comes out, and whether each request says which choices exist at the moment (`has_mask`)."""
+    """What goes in, what comes out, and whether each request says which choices exist at the moment (`has_mask`).
+
+    A policy with `history` k above 1 looks at the last k observations, its frames, oldest first: `observation` is a Box of all.
+    Raises ValueError for one that is not.
+    """
 
     observation: Observation
     action: Action
     has_mask: bool = False
+    history: int = 1
     low_D: np.ndarray = field(init=False, repr=False)  # float32 bounds of each feature, infinite where open
     high_D: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if type(self.history) is not int or self.history != 1:  # to Python 1.0 and true are 1
+            _require_frames(self.observation, self.history)
         low_D, high_D = self.observation.bounds()
         object.__setattr__(self, "low_D", low_D)
         object.__setattr__(self, "high_D", high_D)
@@ -91,6 +101,12 @@ class Spaces:
     @property
     def num_features(self) -> int:
         return len(self.low_D)
+
+    @cached_property
+    def frame(self) -> Box:
+        """The newest of the observations that a policy with a history looks at."""
+        assert isinstance(self.observation, Box) and self.history > 1
+        return Box(*(np.asarray(bound[-1]) for bound in (self.observation.low, self.observation.high)), self.observation.dtype)
 
     @property
     def mask_size(self) -> int:
@@ -100,8 +116,12 @@ class Spaces:
 
     def to_json(self) -> dict[str, Any]:
         """Return the spaces as JSON values; an open bound is null, since JSON has no infinity."""
-        spaces = {"observation": self.observation.to_json(), "action": self.action.to_json()}
-        return {**spaces, "has_mask": True} if self.has_mask else spaces
+        spaces: dict[str, Any] = {"observation": self.observation.to_json(), "action": self.action.to_json()}
+        if self.has_mask:
+            spaces["has_mask"] = True
+        if self.history > 1:
+            spaces["history"] = self.history
+        return spaces
 
     def interface(self) -> dict[str, Any]:
         """Return what a client has to know of the spaces: all but the bounds of the observations."""
@@ -120,15 +140,17 @@ class Spaces:
             has_mask = value.get("has_mask", False) is True
             if has_mask and not isinstance(action, Choices):
                 raise ValueError("real numbers cannot be masked")
-            return cls(observation, action, has_mask)
+            return cls(observation, action, has_mask, value.get("history", 1))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
             raise IntegrityError(f"spaces cannot be read: {type(error).__name__} {error}") from error
 
     @classmethod
-    def from_gymnasium(cls, observation_space: Any, action_space: Any, *, mask_in_info: bool = False) -> "Spaces":
+    def from_gymnasium(
+        cls, observation_space: Any, action_space: Any, *, mask_in_info: bool = False, history: int = 1
+    ) -> "Spaces":
         """Read a Gymnasium environment's single spaces; raises `SpaceUnsupported` and names what is supported.
 
-        A Dict observation's key `action_mask` is the mask, not a feature.
+        With a `history` the space is that of all frames. A Dict observation's key `action_mask` is the mask, not a feature.
         """
         parts = dict(observation_space.spaces) if type(observation_space).__name__ == "Dict" else {}
         has_mask = mask_in_info or ACTION_MASK in parts
@@ -141,9 +163,9 @@ class Spaces:
             observation = _observation_of(observation_space)
         try:
             _require_encodable(observation)
+            return cls(observation, action, has_mask, history)
         except ValueError as error:
             raise SpaceUnsupported(f"observation space {observation_space} is not supported: {error}") from None
-        return cls(observation, action, has_mask)
 
     def encode_batch(self, values: Any, batch_size: int) -> np.ndarray:
         """Return what a vectorised environment observed as float32 [B, D]; raises ValueError when it does not fit."""
@@ -153,7 +175,28 @@ class Spaces:
 
     def check_observation(self, value: Any) -> np.ndarray:
         """Return a request's observation as float32 of shape [D]; raises `RequestInvalid` saying what was expected."""
-        return np.array(self.observation.encode_json(value, "observation"), np.float64).astype(np.float32)
+        return np.array(self.features_of(value), np.float64).astype(np.float32)
+
+    def features_of(self, value: Any) -> list[float]:
+        """Return the same before it is rounded to float32."""
+        try:
+            return self.observation.encode_json(value, "observation")
+        except RequestInvalid:
+            if self.history > 1 and _fits(self.frame, value):
+                raise RequestInvalid(
+                    f"observation is one frame, and this policy looks at the last {self.history}: send `state` beside it, "
+                    '"" to begin an episode and after that what the answer before said; or send all of them, oldest first',
+                    400,
+                ) from None
+            raise
+
+    def check_frame(self, value: Any) -> np.ndarray:
+        """Return one frame that came with a state as float32 [F]; raises `RequestInvalid` saying what was expected."""
+        try:
+            numbers = self.frame.encode_json(value, "observation")
+        except RequestInvalid as error:
+            raise RequestInvalid(f"{error}; beside `state` an observation is one frame") from None
+        return np.array(numbers, np.float64).astype(np.float32)
 
     def check_mask(self, value: Any) -> np.ndarray | None:
         """Return a request's action mask as bool [A], or None where there are none; raises `RequestInvalid`."""
@@ -200,7 +243,10 @@ class Spaces:
 
     def example_request(self) -> dict[str, Any]:
         """Return a body that `/v1/decide` takes."""
-        body = {"observation": self.observation.example()}
+        if self.history > 1:
+            body = {"observation": self.frame.example(), "state": ""}
+        else:
+            body = {"observation": self.observation.example()}
         return {**body, "action_mask": [1] * self.mask_size} if self.has_mask else body
 
     def split_mask(self, value: Any, mask: Any) -> tuple[Any, Any]:
@@ -223,6 +269,32 @@ def _require_encodable(observation: Observation) -> None:
     """Raise ValueError for an observation without features, or with so many that arrays of them do not fit in memory."""
     if not 0 < observation.num_features <= MAX_FEATURES:
         raise ValueError(f"{observation.num_features} features; at least 1 and at most {MAX_FEATURES}")
+
+
+def _require_frames(observation: Observation, history: Any) -> None:
+    """Raise ValueError unless an observation is one Box of `history` frames that are alike, few enough to be kept by callers."""
+    if type(history) is not int or not 1 <= history <= MAX_HISTORY:
+        raise ValueError(f"history {history!s:.24}; an integer from 1 to {MAX_HISTORY}")
+    if not isinstance(observation, Box) or observation.low.shape[:1] != (history,):
+        raise ValueError(f"history {history} of observations that are not one Box of {history} frames")
+    if any((bound != bound[-1]).any() for bound in (observation.low, observation.high)):
+        raise ValueError(f"history {history} of frames with different bounds")
+    num_bytes = state_bytes(history, observation.num_features // history)
+    if num_bytes > MAX_STATE_BYTES:
+        raise ValueError(f"history {history} makes a state of {num_bytes} bytes; at most {MAX_STATE_BYTES}")
+
+
+def state_bytes(history: int, num_frame_features: int) -> int:
+    """Return how large the frames are that a caller keeps of a policy with a history."""
+    return 4 * (history - 1) * num_frame_features
+
+
+def _fits(box: Box, value: Any) -> bool:
+    try:
+        box.encode_json(value, "observation")
+    except RequestInvalid:
+        return False
+    return True
 
 
 def _read_action(value: dict[str, Any]) -> Action:

@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from policies.distributions import seed_of
 from policies.errors import RequestInvalid
+from policies.history import require_history
 from policies.observations import Box
 from policies.spaces import Spaces
 from serve_app.decision_ids import DecisionIds
@@ -21,7 +22,8 @@ class Ask(NamedTuple):
     """One decision that is asked for. Times are those of `time.perf_counter`; `deadline_s` is infinite without one.
 
     `is_numbers`: the observation is nested lists of nothing but floats. `is_named`: the client gave the request's id, so it may
-    send it again. `arm` is a tester's choice, else None.
+    send it again. `arm` is a tester's choice, else None. With a `state` the observation is the newest frame, to be put behind
+    those of the state.
     """
 
     decision_id: str
@@ -37,6 +39,7 @@ class Ask(NamedTuple):
     arm: str | None
     started_s: float
     deadline_s: float
+    state: str | None
 
 
 class ManyAsk(NamedTuple):
@@ -62,6 +65,7 @@ class ManyAsk(NamedTuple):
     started_s: float
     deadline_s: float
     is_all_or_nothing: bool
+    states: Sequence[str | None] | None
 
     def unit_list(self) -> list[str]:
         return self.unit_ids if isinstance(self.unit_ids, list) else [self.unit_ids] * len(self.decision_ids)
@@ -78,12 +82,14 @@ class AskReader:
     def read(self, body: bytes, spaces: Spaces, started_s: float, arm: str | None = None) -> Ask | ManyAsk:
         """Return what is asked for; raises `RequestInvalid` for what is no request. Observations are checked in the batch."""
         asked, is_numbers = self._decode(body, spaces)
+        if asked.state is not None or asked.states is not None:
+            require_history(spaces)
         if asked.observations is not None:
             return self._many(asked, is_numbers, started_s, arm)
         if asked.observation is UNSET:
             raise RequestInvalid("the body has neither `observation` nor `observations`; send one of them")
-        if asked.action_masks or asked.unit_ids or asked.episode_ids or asked.request_ids:
-            raise RequestInvalid("action_masks, unit_ids, episode_ids and request_ids belong to `observations`")
+        if asked.action_masks or asked.unit_ids or asked.episode_ids or asked.request_ids or asked.states:
+            raise RequestInvalid("action_masks, unit_ids, episode_ids, request_ids and states belong to `observations`")
         if asked.request_id is None:
             request_id, decision_id, seed = self._decision_ids.next()
         else:
@@ -103,6 +109,7 @@ class AskReader:
             arm,
             started_s,
             NO_DEADLINE_S if asked.deadline_ms is None else started_s + asked.deadline_ms / 1000,
+            asked.state,
         )
 
     def _decode(self, body: bytes, spaces: Spaces) -> tuple[DecideRequest, bool]:
@@ -118,9 +125,10 @@ class AskReader:
     def _many(self, asked: DecideRequest, is_numbers: bool, started_s: float, arm: str | None) -> ManyAsk:
         observations = asked.observations
         assert observations is not None
-        if asked.observation is not UNSET or asked.action_mask is not None or asked.episode_id is not None:
+        lone = (asked.action_mask, asked.episode_id, asked.state)
+        if asked.observation is not UNSET or any(value is not None for value in lone):
             raise RequestInvalid(
-                "observation, action_mask and episode_id belong to one observation, this body has `observations`"
+                "observation, action_mask, episode_id and state belong to one observation, this body has `observations`"
             )
         return self.many(
             len(observations),
@@ -131,6 +139,7 @@ class AskReader:
             episode_ids=asked.episode_ids,
             request_id=asked.request_id,
             request_ids=asked.request_ids,
+            states=asked.states,
             mode=asked.mode,
             explain=asked.explain,
             arm=arm,
@@ -151,6 +160,7 @@ class AskReader:
         episode_ids: list[str | None] | None = None,
         request_id: str | None = None,
         request_ids: list[str] | None = None,
+        states: Sequence[str | None] | None = None,
         mode: Literal["greedy", "sample"] | None = None,
         explain: bool = False,
         arm: str | None = None,
@@ -158,7 +168,13 @@ class AskReader:
         is_all_or_nothing: bool = False,
     ) -> ManyAsk:
         """Return a request for `num` decisions; raises `RequestInvalid` for lists of another length, or for ids that clash."""
-        columns = {"action_masks": masks, "unit_ids": unit_ids, "episode_ids": episode_ids, "request_ids": request_ids}
+        columns = {
+            "action_masks": masks,
+            "unit_ids": unit_ids,
+            "episode_ids": episode_ids,
+            "request_ids": request_ids,
+            "states": states,
+        }
         for name, values in columns.items():
             if values is not None and not isinstance(values, str) and len(values) != num:
                 raise RequestInvalid(f"{name} has {len(values)} items for {num} observations; give one for each")
@@ -186,6 +202,7 @@ class AskReader:
             started_s,
             NO_DEADLINE_S if deadline_ms is None else started_s + deadline_ms / 1000,
             is_all_or_nothing,
+            states,
         )
 
     def _names(

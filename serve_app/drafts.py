@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from msgspec import UNSET, UnsetType
 
+from policies import history
 from policies.errors import RequestConflict, RequestRefused
 from policies.records import Decision, DecisionBatch
 from policies.spaces import Spaces
@@ -87,8 +88,15 @@ def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[
     )
 
 
-def answer_of(decision: Decision, policy: str | UnsetType, parameters_P: np.ndarray | None, *, explain: bool) -> DecideAnswer:
-    """Return what the client is told."""
+def answer_of(
+    decision: Decision,
+    policy: str | UnsetType,
+    parameters_P: np.ndarray | None,
+    *,
+    explain: bool,
+    state: str | None = None,
+) -> DecideAnswer:
+    """Return what the client is told. `state` is the request's; who sent one is told the next."""
     return DecideAnswer(
         decision.decision_id,
         decision.action,
@@ -99,6 +107,7 @@ def answer_of(decision: Decision, policy: str | UnsetType, parameters_P: np.ndar
         decision.fallback,
         decision.repair,
         explanation_of(decision, parameters_P) if explain else None,
+        None if state is None else history.state_after(decision.observation),
     )
 
 
@@ -107,8 +116,9 @@ def explanation_of(decision: Decision | Answer, parameters_P: np.ndarray | None)
     return Explanation(distribution, decision.seed, decision.mode, decision.mixture_propensity, decision.rung, decision.shield)
 
 
-def one_of_many(ask: ManyAsk, row: int, answer: Answer, repair: str | None) -> DecideAnswer:
+def one_of_many(ask: ManyAsk, row: int, answer: Answer, encoded: Encoded) -> DecideAnswer:
     """Return what the client is told of one of many decisions."""
+    has_state = ask.states is not None and ask.states[row] is not None
     return DecideAnswer(
         ask.decision_ids[row],
         answer.action,
@@ -117,8 +127,9 @@ def one_of_many(ask: ManyAsk, row: int, answer: Answer, repair: str | None) -> D
         answer.arm,
         answer.propensity,
         answer.fallback,
-        repair,
+        encoded.repairs.get(row),
         explanation_of(answer, answer.parameters_P) if ask.explain else None,
+        history.state_after(encoded.observations[row]) if has_state else None,
     )
 
 
@@ -130,19 +141,22 @@ def failure_of(error: RequestRefused) -> DecideFailure:
 def told_again(ask: Ask, logged: Decision, policy: str, spaces: Spaces) -> DecideAnswer:
     """Return the logged decision of a request that came before; raises `RequestConflict` if this one asks for something else."""
     observation, mask = spaces.split_mask(ask.observation, ask.mask)
-    _require_same(logged, observation, spaces.check_mask(mask), unit_id=ask.unit_id, episode_id=ask.episode_id, mode=ask.mode)
-    return answer_of(logged, policy, None, explain=ask.explain)
+    different = _different_frames(logged, observation, ask.state, spaces)
+    mask_A = spaces.check_mask(mask)
+    _require_same(logged, different, mask_A, unit_id=ask.unit_id, episode_id=ask.episode_id, mode=ask.mode)
+    return answer_of(logged, policy, None, explain=ask.explain, state=ask.state)
 
 
 def row_told_again(ask: ManyAsk, row: int, logged: Decision, spaces: Spaces) -> DecideAnswer | DecideFailure:
     """Return the same for one of many, a conflict in its place."""
     observation = ask.observations[row] if ask.numbers is None else ask.numbers[row].tolist()
     units = ask.unit_ids
+    state = ask.states[row] if ask.states is not None else None
     try:
         observation, mask = spaces.split_mask(observation, ask.masks[row] if ask.masks is not None else None)
         _require_same(
             logged,
-            observation,
+            _different_frames(logged, observation, state, spaces),
             spaces.check_mask(mask),
             unit_id=units[row] if isinstance(units, list) else units,
             episode_id=ask.episode_ids[row] if ask.episode_ids is not None else None,
@@ -150,19 +164,34 @@ def row_told_again(ask: ManyAsk, row: int, logged: Decision, spaces: Spaces) -> 
         )
     except RequestRefused as error:
         return failure_of(error)
-    return answer_of(logged, UNSET, None, explain=ask.explain)
+    return answer_of(logged, UNSET, None, explain=ask.explain, state=state)
+
+
+def _different_frames(logged: Decision, observation: Any, state: str | None, spaces: Spaces) -> list[str]:
+    """Return which of an observation and a state are others than in the log, which holds them as one observation.
+
+    One that was mended is not compared: then the log holds another one than the request. Bounds are not looked at again: they
+    may have been wider when this was decided.
+    """
+    is_mended = logged.repair is not None
+    if state is None:
+        return ["observation"] if not is_mended and observation != logged.observation else []
+    spaces, newest = spaces.without_observation_bounds(), logged.observation[-1]
+    frame_F = spaces.check_frame(newest if is_mended else observation)
+    *earlier, frame = history.as_observation(history.with_frame(frame_F, state, spaces), spaces)
+    different = {"observation": frame != newest, "state": earlier != logged.observation[:-1]}
+    return [name for name, is_different in different.items() if is_different]
 
 
 def _require_same(
-    logged: Decision, observation: Any, mask_A: np.ndarray | None, *, unit_id: str, episode_id: str | None, mode: str | None
+    logged: Decision, different: list[str], mask_A: np.ndarray | None, *, unit_id: str, episode_id: str | None, mode: str | None
 ) -> None:
+    """Raise `RequestConflict` unless a request asks for what is logged; `different` says of its observation what is not."""
     pairs = {"unit_id": (unit_id, logged.unit_id), "episode_id": (episode_id, logged.episode_id)}
     pairs["action_mask"] = (None if mask_A is None else mask_A.tolist(), logged.action_mask)
-    if logged.repair is None:  # else the log holds another observation than the request
-        pairs["observation"] = (observation, logged.observation)
     if mode is not None:
         pairs["mode"] = (mode, logged.mode)
-    different = [name for name, (asked, found) in pairs.items() if asked != found]
+    different = [name for name, (asked, found) in pairs.items() if asked != found] + different
     if different:
         raise RequestConflict(
             f"decision {logged.decision_id!r} was made before, for another {' and '.join(different)}; "

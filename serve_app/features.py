@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from policies import history
 from policies.errors import RequestInvalid
 from policies.observations import Box
 from policies.spaces import Spaces
@@ -27,14 +28,23 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    spaces: Spaces, observations: Sequence[Any], masks: Sequence[Any] | None, *, is_numbers: bool, repair: Repair | None
+    spaces: Spaces,
+    observations: Sequence[Any],
+    masks: Sequence[Any] | None,
+    *,
+    is_numbers: bool,
+    repair: Repair | None,
+    states: Sequence[str | None] | None = None,
 ) -> Encoded:
-    """Return the features of a batch. All at once if every observation is a list of numbers that fits, else one by one."""
-    if is_numbers and not spaces.has_mask and masks is None and isinstance(spaces.observation, Box):
+    """Return the features of a batch. All at once if every observation is a list of numbers that fits, else one by one.
+
+    Those with a state are frames; what is returned of them are whole observations.
+    """
+    if is_numbers and not spaces.has_mask and masks is None and states is None and isinstance(spaces.observation, Box):
         numbers_BD = spaces.observation.encode_many(observations)
         if numbers_BD is not None:
             return Encoded(numbers_BD.astype(np.float32), None, range(len(observations)), {}, observations, {})
-    return _encode_each(spaces, observations, masks, repair)
+    return _encode_each(spaces, observations, masks, repair, states)
 
 
 def encode_numbers(spaces: Spaces, numbers: np.ndarray) -> Encoded:
@@ -57,20 +67,31 @@ def encode_numbers(spaces: Spaces, numbers: np.ndarray) -> Encoded:
     return Encoded(obs_ND[rows], None, rows.tolist(), refusals, numbers, {})
 
 
-def _encode_each(spaces: Spaces, observations: Sequence[Any], masks: Sequence[Any] | None, repair: Repair | None) -> Encoded:
+def _encode_each(
+    spaces: Spaces,
+    observations: Sequence[Any],
+    masks: Sequence[Any] | None,
+    repair: Repair | None,
+    states: Sequence[str | None] | None,
+) -> Encoded:
     obs, mask_rows, rows = [], [], []
     refusals: dict[int, RequestInvalid] = {}
     repairs: dict[int, str] = {}
     mended = list(observations)
     for index, observation in enumerate(observations):
+        state = states[index] if states is not None else None
         try:
             mended[index], mask = spaces.split_mask(observation, masks[index] if masks is not None else None)
             mask_A = spaces.check_mask(mask)
             if repair is not None:
-                mended[index], note = repair.mend(mended[index], spaces)
+                mended[index], note = repair.mend(mended[index], spaces.observation if state is None else spaces.frame)
                 if note is not None:
                     repairs[index] = note
-            obs.append(spaces.check_observation(mended[index]))
+            if state is None:
+                obs.append(spaces.check_observation(mended[index]))
+            else:
+                obs.append(history.with_frame(spaces.check_frame(mended[index]), state, spaces))
+                mended[index] = history.as_observation(obs[-1], spaces)
         except RequestInvalid as error:
             refusals[index] = error
             continue

@@ -152,6 +152,7 @@ class Ingress:
             [ask.mask for ask in asks] if any([ask.mask is not None for ask in asks]) else None,
             is_numbers=all([ask.is_numbers for ask in asks]),
             repair=self._repair,
+            states=_unless_all_none([ask.state for ask in asks]) if snapshot.champion.policy.spaces.history > 1 else None,
         )
         drafts = {row: Draft(refusal) for row, refusal in encoded.refusals.items()}
         decided = [asks[row] for row in encoded.rows]
@@ -174,7 +175,7 @@ class Ingress:
                 continue
             mask_A = None if encoded.mask_BA is None else encoded.mask_BA[place]
             decision = decision_of(ask, encoded.observations[row], mask_A, encoded.repairs.get(row), answer, at)
-            told = answer_of(decision, self._policy, answer.parameters_P, explain=ask.explain)
+            told = answer_of(decision, self._policy, answer.parameters_P, explain=ask.explain, state=ask.state)
             drafts[row] = Draft(told, encode(decision) + b"\n", (ask.decision_id,) if ask.is_named else ())
         return [drafts[row] for row in range(len(asks))]
 
@@ -195,14 +196,14 @@ class Ingress:
         rows = [encoded.rows[place] for place in keep]
         answers = self._answers_of_many(ask, encoded, keep, rows, snapshot)
         if len(answers) == len(ask.decision_ids) and all([type(answer) is Answer for answer in answers]):
-            decisions = [one_of_many(ask, row, answer, encoded.repairs.get(row)) for row, answer in enumerate(answers)]
+            decisions = [one_of_many(ask, row, answer, encoded) for row, answer in enumerate(answers)]
             return self._draft_of_many(ask, encoded, rows, answers, DecideManyAnswer(self._policy, decisions), snapshot)
         decided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, Answer)}
         undecided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, RequestRefused)}
         if ask.is_all_or_nothing and undecided:
             return Draft(_first_of(undecided))
         told |= {row: failure_of(answer) for row, answer in undecided.items()}
-        told |= {row: one_of_many(ask, row, answer, encoded.repairs.get(row)) for row, answer in decided.items()}
+        told |= {row: one_of_many(ask, row, answer, encoded) for row, answer in decided.items()}
         result = DecideManyAnswer(self._policy, [told[row] for row in range(len(ask.decision_ids))])
         return (
             self._draft_of_many(ask, encoded, list(decided), list(decided.values()), result, snapshot)
@@ -222,7 +223,9 @@ class Ingress:
         spaces = snapshot.champion.policy.spaces
         if ask.numbers is not None:
             return encode_numbers(spaces, ask.numbers)
-        return encode_features(spaces, ask.observations, ask.masks, is_numbers=ask.is_numbers, repair=self._repair)
+        return encode_features(
+            spaces, ask.observations, ask.masks, is_numbers=ask.is_numbers, repair=self._repair, states=ask.states
+        )
 
     def _answers_of_many(
         self, ask: ManyAsk, encoded: Encoded, keep: list[int], rows: list[int], snapshot: Snapshot

@@ -20,7 +20,7 @@ from serve_app.wire import (
 
 _TYPES = (DecideRequest, DecideAnswer, DecideFailure, DecideManyAnswer, FeedbackRequest, OverrideRequest, InferRequest)
 _REFUSALS = {
-    400: "the body is not JSON, or not what the protocol says",
+    400: "the body is not JSON, not what the protocol says, or has a state that is none of this policy's",
     401: "the API key is missing or wrong",
     403: "the API key is not for this",
     404: "there is no such decision, model or version",
@@ -192,11 +192,17 @@ def _nested(items: list[dict[str, Any]], shape: tuple[int, ...]) -> dict[str, An
 
 def _say_what_an_observation_is(request: dict[str, Any], observation: dict[str, Any], spaces: Spaces | None) -> None:
     properties = request["properties"]
+    if spaces is not None and spaces.history > 1:
+        frame = observation_schema(spaces.frame)
+        request |= _if_there_is_a_state(frame, observation)
+        observation = {"anyOf": [frame, observation]}
+    elif spaces is not None:
+        properties["state"] = properties["states"] = {"type": "null"}
     properties["observation"] = observation
     properties["observations"] = {"type": "array", "items": observation, "minItems": 1, "maxItems": 4096}
     request["additionalProperties"] = False
-    single = ("observation", "action_mask", "episode_id")
-    many = ("observations", "action_masks", "unit_ids", "episode_ids", "request_ids")
+    single = ("observation", "action_mask", "episode_id", "state")
+    many = ("observations", "action_masks", "unit_ids", "episode_ids", "request_ids", "states")
     request["oneOf"] = [
         {"required": ["observation"], "properties": dict.fromkeys(many, False)},
         {"required": ["observations"], "properties": dict.fromkeys(single, False)},
@@ -206,6 +212,15 @@ def _say_what_an_observation_is(request: dict[str, Any], observation: dict[str, 
     elif spaces is not None:
         mask = {"type": "array", "items": {"enum": [0, 1]}, "minItems": spaces.mask_size, "maxItems": spaces.mask_size}
         properties["action_mask"], properties["action_masks"] = mask, {"type": "array", "items": mask}
+
+
+def _if_there_is_a_state(frame: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """Return what a state says of the observation beside it: it is the newest frame. Without one it is a whole observation."""
+    return {
+        "if": {"properties": {"state": {"type": "string"}}, "required": ["state"]},
+        "then": {"properties": {"observation": frame}},
+        "else": {"properties": {"observation": whole}},
+    }
 
 
 def _end_patterns_with_dollar(schema: Any) -> None:

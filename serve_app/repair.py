@@ -2,8 +2,7 @@
 
 from typing import Any, Literal
 
-from policies.observations import Box
-from policies.spaces import Spaces
+from policies.observations import Box, Observation
 
 Way = Literal["clip", "missing"]
 
@@ -18,11 +17,11 @@ class Repair:
         self._clips = "clip" in ways
         self._fill = fill if "missing" in ways else None
 
-    def mend(self, observation: Any, spaces: Spaces) -> tuple[Any, str | None]:
+    def mend(self, observation: Any, space: Observation) -> tuple[Any, str | None]:
         """Return the observation and what was mended; itself and None when nothing was."""
-        if not isinstance(spaces.observation, Box):
+        if not isinstance(space, Box):
             return observation, None
-        bounds = spaces.observation.low.tolist(), spaces.observation.high.tolist()
+        bounds = space.low.tolist(), space.high.tolist()
         notes: list[str] = []
         mended = self._mend(observation, *bounds, "observation", notes)
         return (mended, "; ".join(notes)) if notes else (observation, None)

@@ -22,7 +22,10 @@ Many = Annotated[list[Item], Meta(min_length=1, max_length=MAX_OBSERVATIONS)]
 
 
 class DecideRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /v1/decide: one observation, or many. What an observation is, the policy's spaces say."""
+    """Body of POST /v1/decide: one observation, or many. What an observation is, the policy's spaces say.
+
+    With a `state` it is the newest frame of a policy with a history, see `policies.history`.
+    """
 
     observation: Any = UNSET
     action_mask: Any = None
@@ -37,6 +40,8 @@ class DecideRequest(msgspec.Struct, forbid_unknown_fields=True):
     unit_ids: Many[Name] | None = None
     episode_ids: Many[Name | None] | None = None
     request_ids: Many[RequestId] | None = None
+    state: str | None = None
+    states: Many[str | None] | None = None
 
 
 class Explanation(msgspec.Struct):
@@ -65,6 +70,7 @@ class DecideAnswer(msgspec.Struct, omit_defaults=True):
     fallback: str | None
     repair: str | None = None
     explanation: Explanation | None = None
+    state: str | None = None
 
 
 class DecideFailure(msgspec.Struct):
@@ -124,8 +130,9 @@ class BodyDecoder:
 decide_decoder = BodyDecoder(
     DecideRequest,
     '{"observation": what the policy takes, "action_mask"?: [0 or 1], "unit_id"?: text, "episode_id"?: text, '
-    '"request_id"?: 1-64 of A-Z a-z 0-9 _ -, "deadline_ms"?: number, "mode"?: "greedy" or "sample", "explain"?: true or false}; '
-    'or "observations", "action_masks"?, "unit_ids"?, "episode_ids"?, "request_ids"?: lists of equal length; and no other key',
+    '"request_id"?: 1-64 of A-Z a-z 0-9 _ -, "deadline_ms"?: number, "mode"?: "greedy" or "sample", "explain"?: true or false, '
+    '"state"?: text}; or "observations", "action_masks"?, "unit_ids"?, "episode_ids"?, "request_ids"?, "states"?: lists of equal '
+    "length; and no other key",
 )
 feedback_decoder = BodyDecoder(
     FeedbackRequest | Annotated[list[FeedbackRequest], Meta(min_length=1, max_length=MAX_FEEDBACKS)],

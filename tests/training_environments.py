@@ -269,6 +269,14 @@ class Screen(Constant):
         return np.full(self.observation_space.shape, self._num_steps, np.uint8)
 
 
+def wide(num_features: int) -> gymnasium.Env:
+    """Make an environment that shows many ones."""
+    env = Constant()
+    env.observation_space = spaces.Box(-1, 1, (num_features,), np.float32)
+    env._observation = lambda: np.ones(num_features, np.float32)  # type: ignore[method-assign]
+    return env
+
+
 class Warming(gymnasium.Env):
     """Pays nothing in an episode's first two steps and 1 in every later one; shows how many steps it has had, 2 at most.
 
@@ -446,6 +454,18 @@ class WritesInPlace(WarmingInTheSameStep):
         return *self._arrays, infos
 
 
+class CountsInPlace(Counter):
+    """Returns the same array in every step, with another number in it."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        self._shown, info = super().reset(seed=seed, options=options)
+        return self._shown, info
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self._shown[...], *rest = super().step(action)
+        return self._shown, *rest
+
+
 class NeverResets(WarmingInTheSameStep):
     """A vectorised environment that leaves resetting to its caller, which must not be used."""
 
@@ -454,6 +474,7 @@ class NeverResets(WarmingInTheSameStep):
 
 gymnasium.register("Constant-v0", Constant)
 gymnasium.register("Counter-v0", Counter)
+gymnasium.register("CountsInPlace-v0", CountsInPlace)
 gymnasium.register("StaysOpen-v0", StaysOpen)
 gymnasium.register("Paired-v0", Paired)
 gymnasium.register("Signs-v0", Signs)

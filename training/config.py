@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from policies.network import Convolution
+from policies.spaces import MAX_HISTORY
 
 # A constant, or points (env steps, value) between which the value runs in straight lines, as RLlib writes a schedule.
 Schedule = float | tuple[tuple[int, float], ...]
@@ -30,6 +31,9 @@ class EnvironmentConfig(BaseModel):
     max_episode_steps: int | None = Field(None, ge=1, description="a bigger value lets episodes run longer before truncation")
     vectorization: Literal["auto", "sync", "async"] = Field(
         "auto", description="auto: the environment's own vectorisation or sync; async: a process per environment, for slow ones"
+    )
+    history: int = Field(
+        1, ge=1, le=MAX_HISTORY, description="bigger lets the policy look at more of the last observations; 1: at the newest only"
     )
     observation_names: tuple[str, ...] = Field((), description="a name per feature of an observation, for people and monitors")
     observation_units: tuple[str, ...] = Field((), description="a unit per feature; an empty one where there is none")

@@ -63,7 +63,10 @@ class VectorEnvironment:
         except Exception as error:
             raise failed(self.config, "reset", error) from error
         self.spaces = Spaces.from_gymnasium(
-            self._env.single_observation_space, self._env.single_action_space, mask_in_info=ACTION_MASK in infos
+            self._env.single_observation_space,
+            self._env.single_action_space,
+            mask_in_info=ACTION_MASK in infos,
+            history=self.config.history,
         )
         self._mask_is_observed = isinstance(observations, dict) and ACTION_MASK in observations
         self._resets_in_same_step = self._env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
@@ -182,7 +185,7 @@ def read_spaces(config: EnvironmentConfig) -> Spaces:
     """
     environment = VectorEnvironment(config, 1, seed=0)
     environment.close()
-    num_features = environment.spaces.num_features
+    num_features = environment.spaces.num_features // config.history
     for key in ("observation_names", "observation_units"):
         if len(labels := getattr(config, key)) not in (0, num_features):
             raise ConfigError(
@@ -192,11 +195,18 @@ def read_spaces(config: EnvironmentConfig) -> Spaces:
     return environment.spaces
 
 
+def feature_labels(config: EnvironmentConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return a name and a unit per feature of what a policy looks at; with a history the older ones say how old they are."""
+    ages = range(config.history - 1, -1, -1)
+    names = tuple(f"{name}, {age} before" if age else name for age in ages for name in config.observation_names)
+    return names, config.observation_units * config.history
+
+
 def check_environment(config: EnvironmentConfig) -> None:
     """Raise `ConfigError` with the message and the name of the rule when Gymnasium's own checker refuses the environment."""
     from gymnasium.utils.env_checker import check_env
 
-    env = make_single(config)
+    env = make_single(config.model_copy(update={"history": 1}))  # the environment itself, not what Gymnasium puts around it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it only advises is not a reason to refuse

@@ -1,6 +1,7 @@
 """What can happen to an observation on its way to the policy: noise, broken sensors, and whatever is worst for it.
 
-B row (one environment, one episode), D feature, A choices of an action mask, P numbers of a distribution.
+B row (one environment, one episode), D feature, F feature of the newest observation alone (of a policy with a history), A choices
+of an action mask, P numbers of a distribution.
 """
 
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ class Perturbation:
     worst_case  each feature moves by at most strength * spread, so that the policy's favourite action becomes least favoured:
                 projected gradient descent on the margin (Madry et al. 2018, https://arxiv.org/abs/1706.06083). For real-valued
                 actions: so that the mean moves as far as it can.
+
+    Of a policy with a history the first three and drift are what happens to sensors, once for each observation: what they said
+    stays in what the policy sees after. The worst case moves all that it sees, in each step anew.
     """
 
     kind: Kind
@@ -51,35 +55,51 @@ class Disturbance:
         self._rng = rng
         self._num_steps = 0
         self._before: list[np.ndarray] = []  # what came before, oldest first, as far back as the delay reaches
-        shape = (num_rows, policy.spaces.num_features)
+        self._num_sensed = policy.spaces.num_features // policy.spaces.history
+        self._remembered: np.ndarray | None = None
+        shape = (num_rows, self._num_sensed)
         self._stuck_until = np.zeros(shape, np.int64)
-        self._drift_BD = rng.uniform(-1, 1, shape) if perturbation.kind == "drift" else None
+        self._drift_BF = rng.uniform(-1, 1, shape) if perturbation.kind == "drift" else None
 
     def seen(self, obs_BD: np.ndarray, mask_BA: np.ndarray | None) -> np.ndarray:
         """Return what the policy gets to see in the place of the next observations: float32 [B, D]."""
-        p, t, rng = self._perturbation, self._num_steps, self._rng
+        p, t = self._perturbation, self._num_steps
         self._num_steps += 1
-        if p.kind == "noise":
-            return obs_BD + (rng.standard_normal(obs_BD.shape) * (p.strength * p.spread_D)).astype(np.float32)
-        if p.kind == "dropout":
-            return np.where(rng.random(obs_BD.shape) < p.strength, np.float32(0), obs_BD)
-        if p.kind == "stuck":
-            return self._stuck(obs_BD, t)
         if p.kind == "delay":
             self._before = [*self._before, obs_BD][-1 - round(p.strength) :]
             return self._before[0]
-        if p.kind == "drift":
-            factor_BD = 1 + p.strength * min(t / DRIFT_STEPS, 1) * self._drift_BD
-            return (obs_BD * factor_BD).astype(np.float32)
-        return worst_case(self._policy, obs_BD, mask_BA, radius_D=p.strength * p.spread_D, rng=rng)
+        if p.kind == "worst_case":
+            return worst_case(self._policy, obs_BD, mask_BA, radius_D=p.strength * p.spread_D, rng=self._rng)
+        return self._behind_what_was_sensed(self._sensed(obs_BD[:, -self._num_sensed :], t))
 
-    def _stuck(self, obs_BD: np.ndarray, t: int) -> np.ndarray:
-        is_stuck_BD = self._stuck_until > t
-        seen_BD = np.where(is_stuck_BD, self._before[0], obs_BD) if self._before else obs_BD
-        begins_BD = ~is_stuck_BD & (self._rng.random(obs_BD.shape) < self._perturbation.strength)
-        self._stuck_until[begins_BD] = t + 1 + STUCK_STEPS
-        self._before = [seen_BD]
-        return seen_BD
+    def _sensed(self, obs_BF: np.ndarray, t: int) -> np.ndarray:
+        """Return what sensors say of the newest observation."""
+        p, rng = self._perturbation, self._rng
+        if p.kind == "noise":
+            spread_F = p.spread_D[-self._num_sensed :]
+            return obs_BF + (rng.standard_normal(obs_BF.shape) * (p.strength * spread_F)).astype(np.float32)
+        if p.kind == "dropout":
+            return np.where(rng.random(obs_BF.shape) < p.strength, np.float32(0), obs_BF)
+        if p.kind == "stuck":
+            return self._stuck(obs_BF, t)
+        factor_BF = 1 + p.strength * min(t / DRIFT_STEPS, 1) * self._drift_BF
+        return (obs_BF * factor_BF).astype(np.float32)
+
+    def _behind_what_was_sensed(self, seen_BF: np.ndarray) -> np.ndarray:
+        """Return a policy's whole observation: with a history it still sees what the sensors said before, right or wrong."""
+        if self._remembered is None:
+            self._remembered = np.tile(seen_BF, self._policy.spaces.history)
+        else:
+            self._remembered = np.concatenate([self._remembered[:, self._num_sensed :], seen_BF], axis=1)
+        return self._remembered
+
+    def _stuck(self, obs_BF: np.ndarray, t: int) -> np.ndarray:
+        is_stuck_BF = self._stuck_until > t
+        seen_BF = np.where(is_stuck_BF, self._before[0], obs_BF) if self._before else obs_BF
+        begins_BF = ~is_stuck_BF & (self._rng.random(obs_BF.shape) < self._perturbation.strength)
+        self._stuck_until[begins_BF] = t + 1 + STUCK_STEPS
+        self._before = [seen_BF]
+        return seen_BF
 
 
 def worst_case(

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import difflib
 import importlib
+import math
 import os
 import re
 import signal
@@ -17,9 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from policies.errors import ConfigError, EnvironmentFailed
+from policies.spaces import MAX_STATE_BYTES, state_bytes
 from training.config import EnvironmentConfig
 
 CLOSE_TIMEOUT_S = 5.0  # for an environment in a process of its own to give back what it holds, before that is killed
@@ -65,7 +68,7 @@ def _make_vector(config: EnvironmentConfig, num_envs: int) -> VectorEnv:
             return _TellsWhere(make(), config)
 
         return ProcessVectorEnv([make_in_a_process] * num_envs, copy=False)
-    if config.vectorization == "auto" and _has_vector_entry_point(config):
+    if config.vectorization == "auto" and config.history == 1 and _has_vector_entry_point(config):
         env = gymnasium.make_vec(config.id, num_envs=num_envs, **_kwargs(config))
         if env.metadata.get("autoreset_mode") in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             return env
@@ -79,7 +82,37 @@ def _has_vector_entry_point(config: EnvironmentConfig) -> bool:
 
 
 def _factory(config: EnvironmentConfig) -> Callable[[], gymnasium.Env]:
-    """Return what makes one environment: the function that the id names, or Gymnasium's `make`."""
+    """Return what makes one environment, which shows the last observations where the settings say so."""
+    make = _bare_factory(config)
+    return make if config.history == 1 else lambda: _with_history(make(), config)
+
+
+def _with_history(env: gymnasium.Env, config: EnvironmentConfig) -> gymnasium.Env:
+    """Return an environment that shows its last observations, oldest first; the first of an episode stands in for those before.
+
+    Gymnasium's wrapper keeps the arrays that it is given: of an environment that returns the same one in every step it would
+    show the newest observation k times, and the policy would be served with another input than it was trained on.
+    """
+    space = env.observation_space
+    if not isinstance(space, gymnasium.spaces.Box):
+        env.close()
+        raise ConfigError(
+            f"environment.history is {config.history}, but {config.id!r} observes {space!s:.200}: only a Box has a history. "
+            "Flatten it with gymnasium.wrappers.FlattenObservation, give an action mask in `info`, or remove history"
+        )
+    num_bytes = state_bytes(config.history, math.prod(space.shape))
+    if num_bytes > MAX_STATE_BYTES:
+        env.close()
+        raise ConfigError(
+            f"environment.history is {config.history}: the earlier observations, {list(space.shape)} numbers each, would be "
+            f"{num_bytes} bytes for a caller to keep, the limit is {MAX_STATE_BYTES}; lower it, or make the observations smaller"
+        )
+    copying = gymnasium.wrappers.TransformObservation(env, np.array, None)
+    return gymnasium.wrappers.FrameStackObservation(copying, config.history, padding_type="reset")
+
+
+def _bare_factory(config: EnvironmentConfig) -> Callable[[], gymnasium.Env]:
+    """Return what makes the environment itself: the function that the id names, or Gymnasium's `make`."""
     factory = _named_factory(config)
     if factory is None:
         # The passive checker costs as much as CartPole itself; `check_environment` has looked once and for all.

@@ -45,12 +45,15 @@ class AsyncClient:
         unit_id: str | None = None,
         episode_id: str | None = None,
         request_id: str | None = None,
+        state: str | None = None,
         mode: Mode | None = None,
         explain: bool = False,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
         """Return the decision for one observation, see `Client.decide`."""
-        one = calls.single(observation, action_mask=action_mask, unit_id=unit_id, episode_id=episode_id, request_id=request_id)
+        one = calls.single(
+            observation, action_mask=action_mask, unit_id=unit_id, episode_id=episode_id, request_id=request_id, state=state
+        )
         if self._coalescer is None:
             return await self._call(calls.decide(one, mode=mode, explain=explain), timeout_s)
         limit_s = self._timeout_s if timeout_s is None else timeout_s
@@ -66,6 +69,7 @@ class AsyncClient:
         episode_ids: Sequence[str | None] | None = None,
         request_id: str | None = None,
         request_ids: Sequence[str] | None = None,
+        states: Sequence[str | None] | None = None,
         mode: Mode | None = None,
         explain: bool = False,
         timeout_s: float | None = None,
@@ -79,6 +83,7 @@ class AsyncClient:
             episode_ids=episode_ids,
             request_id=request_id,
             request_ids=request_ids,
+            states=states,
             mode=mode,
             explain=explain,
         )

@@ -28,11 +28,20 @@ class Single(NamedTuple):
     unit_id: str | None
     episode_id: str | None
     request_id: str
+    state: str | None = None
 
 
-def single(observation: Any, *, action_mask: Any, unit_id: str | None, episode_id: str | None, request_id: str | None) -> Single:
+def single(
+    observation: Any,
+    *,
+    action_mask: Any,
+    unit_id: str | None,
+    episode_id: str | None,
+    request_id: str | None,
+    state: str | None = None,
+) -> Single:
     """Return a decision to ask for, under a new request id where none is given."""
-    return Single(observation, action_mask, unit_id, episode_id, request_id or uuid.uuid4().hex)
+    return Single(observation, action_mask, unit_id, episode_id, request_id or uuid.uuid4().hex, state)
 
 
 def decide(one: Single, *, mode: Mode | None, explain: bool) -> Call:
@@ -49,13 +58,20 @@ def decide_many(
     episode_ids: Sequence[str | None] | None,
     request_id: str | None,
     request_ids: Sequence[str] | None,
+    states: Sequence[str | None] | None,
     mode: Mode | None,
     explain: bool,
 ) -> Call:
     """Return the request for many decisions."""
     if request_id is None and request_ids is None:
         request_id = uuid.uuid4().hex
-    lists = {"action_masks": action_masks, "unit_ids": unit_ids, "episode_ids": episode_ids, "request_ids": request_ids}
+    lists = {
+        "action_masks": action_masks,
+        "unit_ids": unit_ids,
+        "episode_ids": episode_ids,
+        "request_ids": request_ids,
+        "states": states,
+    }
     body = {name: list(values) for name, values in lists.items() if values is not None}
     body |= _given({"unit_id": unit_id, "request_id": request_id})
     return Call(
@@ -76,6 +92,7 @@ def together(ones: Sequence[Single], *, mode: Mode | None, explain: bool) -> Cal
         episode_ids=None if all(one.episode_id is None for one in ones) else [one.episode_id for one in ones],
         request_id=None,
         request_ids=[one.request_id for one in ones],
+        states=None if all(one.state is None for one in ones) else [one.state for one in ones],
         mode=mode,
         explain=explain,
     )

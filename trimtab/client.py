@@ -66,6 +66,7 @@ class Client:
         unit_id: str | None = None,
         episode_id: str | None = None,
         request_id: str | None = None,
+        state: str | None = None,
         mode: Mode | None = None,
         explain: bool = False,
         timeout_s: float | None = None,
@@ -75,10 +76,15 @@ class Client:
         That is: action, decision_id, policy, version, arm, propensity, fallback. `action_mask` says which choices exist now,
         `mode` asks for another one than the version's own, `explain` for the reasons. `timeout_s` is this call's own limit.
 
+        For a policy with a history `state` is "" with an episode's first observation, and with each later one the `state` of the
+        decision before; `observation` is then the newest one alone.
+
         Raises `RequestInvalid`, `Unauthorized`, `Forbidden`, `Overloaded` as the endpoint answers, `RequestConflict` for a
         request id that was used for something else, `ClusterError` when nothing answers.
         """
-        one = calls.single(observation, action_mask=action_mask, unit_id=unit_id, episode_id=episode_id, request_id=request_id)
+        one = calls.single(
+            observation, action_mask=action_mask, unit_id=unit_id, episode_id=episode_id, request_id=request_id, state=state
+        )
         if self._coalescer is None:
             return self.call(calls.decide(one, mode=mode, explain=explain), timeout_s)
         limit_s = self._timeout_s if timeout_s is None else timeout_s
@@ -94,11 +100,14 @@ class Client:
         episode_ids: Sequence[str | None] | None = None,
         request_id: str | None = None,
         request_ids: Sequence[str] | None = None,
+        states: Sequence[str | None] | None = None,
         mode: Mode | None = None,
         explain: bool = False,
         timeout_s: float | None = None,
     ) -> list[dict[str, Any]]:
         """Return a decision per observation, in one request; lists are of the same length, what is no list is for all.
+
+        An observation whose state is None is a whole one.
 
         What is wrong with one of them is said in its place, `{"error": {"status": 422, "message": …}}`, and raised for none.
         Raises as `decide` does for what is wrong with all.
@@ -111,6 +120,7 @@ class Client:
             episode_ids=episode_ids,
             request_id=request_id,
             request_ids=request_ids,
+            states=states,
             mode=mode,
             explain=explain,
         )

@@ -15,6 +15,7 @@ import gymnasium
 import numpy as np
 
 from policies.errors import ClusterError
+from policies.history import BEGINNING
 from policies.spaces import ACTION_MASK
 from training.config import EnvironmentConfig
 from training.environment import read_spaces
@@ -135,10 +136,12 @@ class _Population:
         observation, info = env.reset(seed=self._seed + index)
         answered_by: set[tuple[str, int]] = set()
         total, over = 0.0, False
+        state = None if self._environment.history == 1 else BEGINNING
         while not over:
             if self._stop.is_set():
                 return  # an episode that was cut off has no return
-            decision, latency_s = await self._decide(session, request_of(observation, info), unit)
+            decision, latency_s = await self._decide(session, request_of(observation, info, state), unit)
+            state = decision.get("state")
             arm = decision["arm"], decision["version"]
             answered_by.add(arm)
             self._tally.latencies_s[arm].append(latency_s)
@@ -190,9 +193,12 @@ class _Population:
         return None
 
 
-def request_of(observation: Any, info: dict[str, Any]) -> dict[str, Any]:
-    """Return an environment's observation (and its action mask, if it gives one) as the body of a request."""
-    body = {"observation": _to_json(observation)}
+def request_of(observation: Any, info: dict[str, Any], state: str | None = None) -> dict[str, Any]:
+    """Return an environment's observation (and its action mask, if it gives one) as the body of a request.
+
+    With a state the newest of its frames is sent: the state stands for the others.
+    """
+    body = {"observation": _to_json(observation)} if state is None else {"observation": _to_json(observation[-1]), "state": state}
     return {**body, "action_mask": np.reshape(info[ACTION_MASK], -1).tolist()} if ACTION_MASK in info else body
 
 

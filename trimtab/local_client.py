@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from policies import history
 from policies.distributions import seed_of
 from policies.errors import RequestInvalid, ServiceUnavailable
 from policies.records import Decision
@@ -82,6 +83,7 @@ class LocalClient:
         unit_id: str | None = None,
         episode_id: str | None = None,
         request_id: str | None = None,
+        state: str | None = None,
     ) -> dict[str, Any]:
         """Return the decision for one observation, as `Client.decide` does; arrays are taken too.
 
@@ -94,7 +96,13 @@ class LocalClient:
         plan = in_force.local
         spaces = plan.champion.spaces
         observation, mask = spaces.split_mask(as_json(observation), None if action_mask is None else as_json(action_mask))
-        features, mask_A = spaces.observation.encode_json(observation, "observation"), spaces.check_mask(mask)
+        mask_A = spaces.check_mask(mask)
+        if state is None:
+            features = spaces.features_of(observation)
+        else:
+            history.require_history(spaces)
+            obs_D = history.with_frame(spaces.check_frame(observation), state, spaces)
+            features, observation = obs_D.tolist(), history.as_observation(obs_D, spaces)
         request_id, decision_id = self._name(in_force.lease, request_id)
         unit_id = _checked("unit_id", unit_id) or _checked("episode_id", episode_id) or request_id
         seed = seed_of(decision_id)
@@ -123,7 +131,8 @@ class LocalClient:
                 "arm" if drawn.fallback is None else "champion",
             )
         )
-        return _told(decision_id, in_force.policy, drawn)
+        told = _told(decision_id, in_force.policy, drawn)
+        return told if state is None else {**told, "state": history.state_after(observation)}
 
     def feedback(self, decision_id: str, *, reward: float, final: bool = False) -> None:
         """Report the reward of a decision; it is sent after the decision itself."""

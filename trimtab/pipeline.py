@@ -29,7 +29,7 @@ from policies.verdicts import GateReport, Verdict, require_passing
 from training.checkpoint import load_checkpoint, load_golden, load_policy
 from training.config import TrainingConfig
 from training.disagreement import Disagreement, compare
-from training.environment import read_spaces
+from training.environment import feature_labels, read_spaces
 from training.evaluation import Evaluation, EvaluationRequest
 from training.event_file import first_and_last_time
 from training.gates import Contender, GateContext, run_gates
@@ -255,6 +255,7 @@ def _register(
     documents: dict[str, bytes],
 ) -> int:
     now = time.time()
+    names, units = feature_labels(loop.environment)
     bundle = write_bundle(
         registry.bundles,
         policy=policy,
@@ -266,8 +267,8 @@ def _register(
         created_at=now,
         reference=_reference(run, policy),
         documents=documents,
-        observation_names=loop.environment.observation_names,
-        observation_units=loop.environment.observation_units,
+        observation_names=names,
+        observation_units=units,
     )
     state = registry.register(bundle, now=now)
     return max(number for number, entry in state.versions.items() if entry.digest == bundle.digest)

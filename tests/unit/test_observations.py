@@ -1,6 +1,7 @@
 """Observations of every kind: what an environment shows and what a request says become the same features."""
 
 import json
+import math
 import tracemalloc
 from typing import Any
 
@@ -126,6 +127,21 @@ def test_an_observation_at_its_bound_is_within(bound: float, dtype: type) -> Non
     for beyond in (-bound * 1.000001, bound * 1.000001):  # the control
         with pytest.raises(RequestInvalid, match="is outside"):
             ours.check_observation([beyond])
+
+
+def test_what_is_rounded_beyond_a_bound_is_outside_of_it() -> None:
+    """1 + 2^-23 is odd in its last bit: halfway to the next float32 is rounded away from it, to 1 + 2^-22, which is outside."""
+    bound = np.float32(1 + 2**-23)
+    ours = Spaces.from_gymnasium(gym_spaces.Box(-bound, bound, (1,)), TWO_ACTIONS)
+    halfway = 1 + 1.5 * 2**-23
+    assert np.float32(halfway) > bound
+    for sign in (-1, 1):
+        with pytest.raises(RequestInvalid, match="is outside"):
+            ours.check_observation([sign * halfway])
+        largest = ours.check_observation([sign * math.nextafter(halfway, 0)])  # the control: what is rounded to the bound is in
+        assert largest.tolist() == [sign * bound]
+    even = np.float32(1)  # halfway is rounded to it
+    assert Spaces.from_gymnasium(gym_spaces.Box(-even, even, (1,)), TWO_ACTIONS).check_observation([1 + 2**-24]).tolist() == [1]
 
 
 NESTED = Spaces.from_gymnasium(

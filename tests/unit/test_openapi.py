@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -18,10 +19,13 @@ from jsonschema import Draft202012Validator
 from schemathesis import GenerationMode
 
 from policies.log_reader import LogTail
+from policies.network import Architecture
 from policies.observations import Bits, Box, Categories, Group
 from policies.records import Decision
+from policies.spaces import Choices, Spaces
 from policies.storage import Storage, open_storage
 from serve_app.openapi import observation_schema, openapi_document
+from tests.bundles import golden_as_trained, policy_on
 from tests.direct_replica import direct_replica
 from tests.serving_helpers import NAME, publish, random_policy, read_new
 
@@ -68,6 +72,18 @@ def test_generated_requests_are_answered_as_the_document_says(storage: Storage, 
     assert statuses[("/v1/decide", 200)] > NUM_CASES / 100 and statuses[("/v1/decide", 422)] > NUM_CASES / 100, statuses
     assert requests.get(f"{endpoint}/readyz", timeout=10).status_code == 200
     assert len(read_new(LogTail(storage.decisions(NAME), Decision))) >= statuses[("/v1/decide", 200)]
+
+
+def test_a_policy_with_a_history_is_asked_as_its_document_says(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "storage")
+    open_32 = np.full((3, 2), np.inf, np.float32)
+    policy = policy_on(Spaces(Box(-open_32, open_32), Choices("discrete", (2,), (0,), ()), history=3), Architecture((8,)))
+    publish(storage, policy, golden=golden_as_trained(policy))
+    with direct_replica(storage, max_body_bytes=65_536) as replica:
+        headers = headers_of(storage)
+        document = requests.get(f"{replica.url}/openapi.json", headers=headers, timeout=10).json()
+        statuses = send_generated("/v1/decide", 300, replica.url, headers, document)
+    assert statuses[("/v1/decide", 200)] > 50 and statuses[("/v1/decide", 400)] > 10, statuses
 
 
 def send_generated(

@@ -1,5 +1,7 @@
 """What a broken sensor shows, and how near to a policy's observations another action lies."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,29 @@ def test_dropout_loses_as_many_readings_as_was_asked_for() -> None:
     seen_BD = shown("dropout", 0.2, 1, rows=20_000)[0]
     assert set(np.unique(seen_BD)) == {0, 1}
     assert (seen_BD == 0).mean() == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize(("kind", "strength"), [("noise", 0.5), ("dropout", 0.5), ("stuck", 0.2), ("drift", 0.9)])
+def test_a_policy_with_a_history_goes_on_seeing_what_its_sensors_said(kind: str, strength: float) -> None:
+    open_42 = np.full((4, 2), np.inf, np.float32)
+    policy = policy_on(Spaces(Box(-open_42, open_42), Choices("discrete", (2,), (0,), ()), history=4), Architecture((8,)))
+    disturbance = Disturbance(Perturbation(kind, strength, np.ones(8)), policy, 50, np.random.default_rng(0))
+    frames = [np.full((50, 2), t + 1, np.float32) for t in range(30)]
+    true = [np.concatenate([frames[max(0, t - age)] for age in (3, 2, 1, 0)], axis=1) for t in range(30)]
+    seen = [disturbance.seen(obs_BD, None) for obs_BD in true]
+    assert (seen[0] == np.tile(seen[0][:, -2:], 4)).all()
+    for before, after in pairwise(seen):
+        assert (after[:, :-2] == before[:, 2:]).all()
+    said, were = np.stack(seen)[:, :, -2:], np.stack(frames)
+    assert said.shape == were.shape and (said != were).mean() > 0.2  # and what they said was wrong often
+    apart = Disturbance(Perturbation(kind, strength, np.ones(8)), policy_on_flat_8(), 50, np.random.default_rng(0))
+    seen = [apart.seen(obs_BD, None) for obs_BD in true]
+    assert any((after[:, :-2] != before[:, 2:]).any() for before, after in pairwise(seen)), "negative control: without it"
+
+
+def policy_on_flat_8() -> Policy:
+    open_8 = np.full(8, np.inf, np.float32)
+    return policy_on(Spaces(Box(-open_8, open_8), Choices("discrete", (2,), (0,), ())), Architecture((8,)))
 
 
 def test_a_delay_shows_what_was_and_first_the_first() -> None:

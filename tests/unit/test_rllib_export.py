@@ -19,6 +19,7 @@ from policies.network import Architecture, Gaussian
 from policies.policy import Policy
 from policies.spaces import Spaces
 from training.config import RLLIB_OFFLINE, EnvironmentConfig, TrainingConfig
+from training.environment import read_spaces
 from training.golden import NUM_CORNERS, golden_inputs
 from training.vectorization import make_single
 from trimtab.loop_file import LoopConfig, load_loop_file
@@ -313,6 +314,19 @@ def test_examples_can_be_passed_and_exported(name: str):
     config = rllib_config(loop.environment, loop.training, single)
     spaces = Spaces.from_gymnasium(single.observation_space, single.action_space)
     assert InferencePath(config, loop.training, single, spaces).architecture.hidden == loop.training.hidden
+
+
+def test_a_policy_with_a_history_is_exported_with_it():
+    loop = load_loop_file(
+        EXAMPLES / "cartpole_history.yaml", overrides=["training={algorithm: rllib:PPO, hidden: [16], target_return: 1}"]
+    )
+    spaces, single = read_spaces(loop.environment), make_single(loop.environment)
+    config = rllib_config(loop.environment, loop.training, single)
+    path = InferencePath(config, loop.training, single, spaces)
+    observations = [single.reset(seed=seed)[0] for seed in range(5)]
+    assert path.policy().spaces.history == 4
+    obs_ND = np.stack([observation.reshape(-1) for observation in observations])
+    np.testing.assert_allclose(path.policy().distributions(obs_ND), path.distributions(observations), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["rllib:sac", "SAC", "rllib:SCA"])

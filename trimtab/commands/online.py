@@ -77,14 +77,19 @@ def decide(
     storage: StorageOption = None,
     unit_id: Annotated[str | None, typer.Option(help="Who asks; the same unit keeps its arm.")] = None,
     action_mask: Annotated[str | None, typer.Option(help="Which choices exist now: a JSON list of 0 and 1.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Of a policy with a history: '' begins an episode, then what the decision before says.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> int:
     """Ask the running endpoint for one decision."""
     values, mask = (_parsed(name, text) for name, text in (("observation", observation), ("action mask", action_mask or "null")))
     context = open_context(loop_file, None, storage)
     with connect(context) as client:
-        decision = client.decide(values, action_mask=mask, unit_id=unit_id)
+        decision = client.decide(values, action_mask=mask, unit_id=unit_id, state=state)
     text = "action {action} by version {version} ({arm}), propensity {propensity:.4f}, decision {decision_id}".format(**decision)
+    if state is not None:
+        text += f"\nstate {decision['state']}"
     output(as_json, decision, text)
     return DONE
 
