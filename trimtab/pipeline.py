@@ -1,10 +1,5 @@
 """The offline half step by step: train or find a run, evaluate it, gate it, publish it; `up` and the commands share it."""
 
-import contextlib
-import importlib.metadata
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,15 +26,13 @@ from training.config import TrainingConfig
 from training.disagreement import Disagreement, compare
 from training.environment import feature_labels, read_spaces
 from training.evaluation import Evaluation, EvaluationRequest
-from training.event_file import first_and_last_time
 from training.gates import Contender, GateContext, run_gates
 from training.gates.regression import scenario_names
 from training.golden import golden_inputs
-from training.metrics import TENSORBOARD
 from training.network import outputs_as_trained
 from training.runs import RESULT, RunConfig, newest_run, open_run, read_config
-from trimtab.learning_curves import read_curve
 from trimtab.loop_file import LoopConfig, registry_of
+from trimtab.origin import card_of, origin_of, parents_of
 
 GATE_REPORT = "gates.json"
 GOLDEN_INPUTS = "golden_inputs.npz"
@@ -176,7 +169,7 @@ def gate_run(loop: LoopConfig, storage: Storage, run_id: str, *, against: int | 
         report, episodes = run_gates(context, evaluate=pool.evaluate, conditions_sha256=_conditions_sha256(loop), now=time.time())
     run = storage.run(run_id)
     keep_judged(run, policy, report, episodes, seed=loop.gates.seed)
-    for name, data in _card(loop, storage, run_id, policy, metadata, report, override_gates=None).items():
+    for name, data in card_of(loop, storage, run_id, policy, metadata, report, override_gates=None).items():
         write_atomic(run / name, data)
     return report
 
@@ -210,12 +203,12 @@ def publish_run(
     require_passing(report, policy.sha256(), override=override_gates, what=f"run {run_id} not published")
     registry = registry_of(loop, storage)
     _require_current(report, loop, registry.state(), run_id)
-    parents = _parents(registry.state(), report, metadata)
+    parents = parents_of(registry.state(), report, metadata)
     # Its own settings, not those the loop file has by now (or had overridden for `train` alone).
-    origin = _origin(loop.model_copy(update={"training": read_config(run).training}), run, metadata, parents)
+    origin = origin_of(loop.model_copy(update={"training": read_config(run).training}), run, metadata, parents)
     version = _passing_version(registry.state(), policy)
     if version is None:
-        documents = _card(loop, storage, run_id, policy, metadata, report, override_gates=override_gates)
+        documents = card_of(loop, storage, run_id, policy, metadata, report, override_gates=override_gates)
         version = _register(
             loop, registry, run, policy, report, origin=origin, override_gates=override_gates, documents=documents
         )
@@ -310,37 +303,6 @@ def _evaluation_pool(loop: LoopConfig, policy: Policy) -> WorkerPool:
     return WorkerPool(loop.environment, loop.training)
 
 
-def _card(
-    loop: LoopConfig,
-    storage: Storage,
-    run_id: str,
-    policy: Policy,
-    metadata: dict[str, Any],
-    report: GateReport,
-    *,
-    override_gates: str | None,
-) -> dict[str, bytes]:
-    """Return the files of the model card."""
-    from trimtab.card import Facts, card_files  # here, not above: it draws, and matplotlib takes half a second
-
-    run = storage.run(run_id)
-    training = read_config(run).training
-    origin = {
-        "run": run_id,
-        "algorithm": training.algorithm,
-        "seed": training.seed,
-        "updates": metadata["update"],
-        "environment steps": metadata["env_steps"],
-        "code commit": _code_commit() or "unknown",
-    }
-    settings = training.model_dump(mode="json", exclude_defaults=True)
-    environment = loop.environment.model_dump_json(exclude_defaults=True)
-    curve = None
-    with contextlib.suppress(NotFound):  # no updates yet
-        curve = read_curve(run)
-    return card_files(Facts(loop.name, policy, loop.serving.mode, environment, origin, settings, report, override_gates, curve))
-
-
 def _min_return(loop: LoopConfig) -> float:
     threshold = loop.gates.performance.min_return
     if threshold is None:
@@ -368,39 +330,3 @@ def _reference(run: Path, policy: Policy) -> Reference:
     if not (run / REFERENCE).exists():
         raise GateRefused(f"run {run.name} has no {REFERENCE}: it was judged by an earlier Trimtab; run `trimtab gate` again")
     return decode_reference((run / REFERENCE).read_bytes(), policy.spaces, str(run / REFERENCE))
-
-
-def _parents(state: RegistryState, report: GateReport, metadata: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what the policy was compared with, and the run whose weights its own run went on from."""
-    parents: list[dict[str, Any]] = []
-    if report.incumbent_version is not None:
-        number = report.incumbent_version
-        parents.append({"kind": "incumbent", "version": number, "digest": state.version(number).digest})
-    if "adopted_from" in metadata:
-        parents.append({"kind": "run", **metadata["adopted_from"]})
-    return parents
-
-
-def _origin(loop: LoopConfig, run: Path, metadata: dict[str, Any], parents: list[dict[str, Any]]) -> dict[str, Any]:
-    packages = ("trimtab", "ray", "torch", "numpy", "gymnasium")
-    first_s, last_s = first_and_last_time(run / TENSORBOARD) or (None, None)
-    return {
-        "run_id": run.name,
-        "parents": parents,
-        "checkpoint": metadata,
-        "data_range": {"env_steps": metadata.get("env_steps"), "from": first_s, "to": last_s},
-        "loop": json.loads(loop.model_dump_json(exclude={"storage", "registry"})),
-        "seeds": {"training": loop.training.seed, "gates": loop.gates.seed},
-        "code_commit": _code_commit(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _code_commit() -> str | None:
-    """Return the commit of the source tree we run from, or None when we were installed without one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
