@@ -68,7 +68,10 @@ class Policy:
         else:
             x_KRF = np.concatenate([self._inner_features(x_RD) for x_RD in x_KRD]) if self._convolutions else x_KRD
             outputs_KRO = self.perceptron(x_KRF)
-        outputs_BO = outputs_KRO.reshape(num_blocks * block_rows, -1)[:num_rows]
+        return self.with_log_std(outputs_KRO.reshape(num_blocks * block_rows, -1)[:num_rows])
+
+    def with_log_std(self, outputs_BO: np.ndarray) -> np.ndarray:
+        """Return what the network's last layer gave with the trained deviations behind it, where the policy has them."""
         if "policy.log_std" not in self.tensors:
             return outputs_BO
         log_std_BK = np.broadcast_to(self.tensors["policy.log_std"], outputs_BO.shape)

@@ -134,7 +134,7 @@ class SealedFile:
                     columns[name] = _decode_texts(columns[name])
             rows = columns.pop(ROW)
             documents = [dict(zip(columns, values)) for values in zip(*columns.values())]
-            return list(zip(rows, msgspec.convert(documents, list[Decision])))
+            return list(zip(rows, msgspec.convert(documents, list[Decision], str_keys=True)))
 
     def num_rows_from(self, first_row: int) -> int:
         """Return how many decisions have a `row` of at least this."""
