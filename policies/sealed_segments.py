@@ -1,9 +1,9 @@
 """What a sealed segment of decisions looks like: one Parquet file, `<stem>.parquet`, in place of `<stem>.jsonl`.
 
-A row is a decision and a column is a field of `Decision`; what has no fixed type there (observation, action, action mask) is
-JSON text, null where the field is. One column more, `row`, is the decision's place among all those of the `jsonl` file: whoever
-had read a part of that goes on behind it here. Rows are sorted by time, and by `row` among equal times. Pages carry checksums.
-The file's metadata says what it was made of: see `SealedInfo`.
+A row is a decision and a column is a field of `Decision`; what has no fixed type there (observation, action, action mask,
+engines) is JSON text, null where the field is. One column more, `row`, is the decision's place among all those of the `jsonl`
+file: whoever had read a part of that goes on behind it here. Rows are sorted by time, and by `row` among equal times. Pages
+carry checksums. The file's metadata says what it was made of: see `SealedInfo`.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ B rows, D features, O outputs of a network.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -20,11 +21,10 @@ EngineSetting = Literal["auto", "numpy", "onnxruntime"]
 Outputs = Callable[[np.ndarray], np.ndarray]
 
 NUMPY = "numpy"  # what needs no name in the log
-SIZES = (1, 8, 64)  # rows; eight decide
-DECIDING_SIZE = 8
+SIZES = (1, 8, 64)  # rows: what a replica is asked for while it is idle, busy, and very busy
 # numpy replays on any machine with the same kernels, and local clients have its bits: another engine must be worth it. Ten
-# microseconds are a tenth of what a request costs (docs/serving.md), and more than the noise of two measurements.
-MAX_SHARE, MIN_GAIN_US = 0.8, 10.0
+# microseconds are a tenth of what a request costs (docs/serving.md).
+MAX_SHARE, MIN_GAIN_US, GAIN_SIZE = 0.8, 10.0, 8
 BUDGET_S, MAX_ROUNDS = 0.2, 50  # of measuring, per version; a first and a second round are always made
 TRIED_SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 64, 100, 257)
 
@@ -65,11 +65,13 @@ def engine_for(version: int, bundle: Bundle, setting: EngineSetting) -> OnnxEngi
 def choose(times_us: dict[str, dict[int, float]]) -> str:
     """Return the engine to use, given the microseconds that each takes for each number of rows.
 
-    It is the fastest for eight rows, if that takes at most 80 % of numpy's time and 10 us less; numpy otherwise.
+    That is the one whose share of numpy's time, as the geometric mean over the numbers of rows, is smallest, if that is at most
+    80 % and eight rows take at least 10 us less; numpy otherwise.
     """
-    fastest = min(times_us, key=lambda name: times_us[name][DECIDING_SIZE])
-    found_us, numpy_us = times_us[fastest][DECIDING_SIZE], times_us[NUMPY][DECIDING_SIZE]
-    return fastest if found_us <= min(MAX_SHARE * numpy_us, numpy_us - MIN_GAIN_US) else NUMPY
+    shares = {name: _share(times_us[name], times_us[NUMPY]) for name in times_us}
+    fastest = min(shares, key=lambda name: shares[name])
+    gain_us = times_us[NUMPY][GAIN_SIZE] - times_us[fastest][GAIN_SIZE]
+    return fastest if shares[fastest] <= MAX_SHARE and gain_us >= MIN_GAIN_US else NUMPY
 
 
 def measure(
@@ -91,6 +93,10 @@ def measure(
                 outputs(obs_BD)
                 times_us[name][size] = min(times_us[name][size], 1e6 * (now_s() - began_s))
     return times_us
+
+
+def _share(found_us: dict[int, float], numpy_us: dict[int, float]) -> float:
+    return math.prod(found_us[size] / numpy_us[size] for size in numpy_us) ** (1 / len(numpy_us))
 
 
 def check_engine(engine: OnnxEngine, bundle: Bundle) -> None:
