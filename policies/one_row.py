@@ -1,20 +1,22 @@
 """How a policy answers one observation at a time: the bits of the batch, without the batch.
 
 Who decides in the caller's own process has one observation, and most of `Policy.distributions` is then numpy's cost per call.
-A row's bits depend on the shape of the matrix products alone (see `BLOCK_ROWS`), so the same block is multiplied here, in arrays
-that are there already, and the rest is done for one row only. Arrays are reused: an evaluator answers one thread at a time.
+A row's bits depend on the shape of the matrix products alone (see `policies.blocks`), so the same block is multiplied here, in
+arrays that are there already, and the rest is done for one row. Arrays are reused: an evaluator answers one thread at a time.
 
 R rows of a block, D features, A choices.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
+from policies.blocks import Panel
 from policies.distributions import Categorical, Mode, uniform
-from policies.network import ACTIVATIONS, layers_of, normalised
-from policies.policy import BLOCK_ROWS, Policy
+from policies.network import ACTIVATIONS, normalised
+from policies.policy import Policy
 
 
 class RowEvaluator(Protocol):
@@ -65,24 +67,23 @@ class OneChoice:
         self._policy = policy
         self._start = policy.spaces.action.starts[0]
         self._activate = ACTIVATIONS[policy.architecture.activation]
-        self._x_RD = np.zeros((BLOCK_ROWS, policy.spaces.num_features), np.float32)
+        num_rows, layers = policy.perceptron.min_rows, policy.perceptron.layers
+        self._x_RD = np.zeros((num_rows, policy.spaces.num_features), np.float32)
         self._x_D = self._x_RD[0]
-        tensors = policy.tensors
-        is_plain = not tensors["normaliser.mean"].any() and (tensors["normaliser.scale"] == 1).all()
-        self._is_normalised = not is_plain or policy.architecture.observation_clip is not None
-        layers = layers_of(tensors, "policy", len(policy.architecture.hidden) + 1)
-        products = [np.zeros((BLOCK_ROWS, weight.shape[1]), np.float32) for weight, _ in layers]
-        self._layers = [(weight, bias, out, out[0]) for (weight, bias), out in zip(layers, products)]
-        self._z_A = np.zeros(len(layers[-1][1]))
+        self._normalises = policy.normalises
+        products = [np.zeros((num_rows, bias_RH.shape[1]), np.float32) for _, bias_RH in layers]
+        self._layers = [(_steps(panels, out), bias_RH[0], out, out[0]) for (panels, bias_RH), out in zip(layers, products)]
+        self._z_A = np.zeros(products[-1].shape[1])
 
     def distribution(self, features: list[float], mask_A: np.ndarray | None) -> list[float] | None:
         x_RH = self._x_RD
         self._x_D[:] = features
-        if self._is_normalised:
+        if self._normalises:
             normalised(self._x_D, self._policy.tensors, self._policy.architecture)
         last = len(self._layers) - 1
-        for index, (weight, bias, out, row) in enumerate(self._layers):
-            np.dot(x_RH, weight, out)
+        for index, (steps, bias, out, row) in enumerate(self._layers):
+            for multiply, weight, columns in steps:
+                multiply(x_RH, weight, columns)
             np.add(row, bias, row)  # the block's other rows are zeros, and stay zeros without it
             if index < last:
                 self._activate(row, out=row)
@@ -111,3 +112,9 @@ class OneChoice:
         np.exp(z_A, out=z_A)
         total = float(np.add.reduce(z_A))
         return [e / total for e in z_A.tolist()] if math.isfinite(total) else None
+
+
+def _steps(panels: list[Panel], out: np.ndarray) -> list[tuple[Callable[..., Any], np.ndarray, np.ndarray]]:
+    """Return how each panel is multiplied into its columns of `out`: `dot` costs less per call, but cannot write to some only."""
+    multiply = np.dot if len(panels) == 1 else np.matmul
+    return [(multiply, weight, out[:, start:stop]) for start, stop, weight in panels]

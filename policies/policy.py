@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from policies.blocks import BLOCK_ROWS, BlockPerceptron
 from policies.distributions import Distribution, distribution_of
 from policies.errors import IntegrityError
 from policies.integrity import canonical_json
@@ -23,16 +24,11 @@ from policies.network import (
     layers_of,
     normalised,
     num_outputs,
-    perceptron,
     tensor_shapes,
 )
 from policies.spaces import Spaces
 from policies.torch_network import ModuleNetwork
 
-# Rows are computed in blocks of exactly this many, zero-padded: BLAS picks its kernel, and so the order of additions, by the
-# shape of the whole product. Measured with OpenBLAS: the same row in batches of 1, 3, 5 or 128 has different last bits;
-# in fixed blocks of 8 it has the same bits in every batch and at every place, so a logged probability can be recomputed.
-BLOCK_ROWS = 8
 MAX_PARAMETERS = 50_000_000
 
 
@@ -45,15 +41,11 @@ class Policy:
     tensors: dict[str, np.ndarray]
     distribution: Distribution = field(init=False, repr=False, compare=False)
     _convolutions: Layers = field(init=False, repr=False, compare=False)
-    _layers: Layers = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_tensors()
-        is_own = self.architecture.module is not None
-        layers = [] if is_own else layers_of(self.tensors, "policy", len(self.architecture.hidden) + 1)
         object.__setattr__(self, "distribution", distribution_of(self.spaces, self.architecture))
         object.__setattr__(self, "_convolutions", convolutions_of(self.tensors, "policy", self.architecture))
-        object.__setattr__(self, "_layers", layers)
 
     def sha256(self) -> str:
         """Return the digest of what the policy computes: network, spaces and every tensor; not of any file's layout."""
@@ -64,22 +56,30 @@ class Policy:
 
     def outputs(self, obs_BD: np.ndarray) -> np.ndarray:
         """Return the network's float32 outputs [B, O]; a row's bits do not depend on the batch it is in."""
-        num_rows = len(obs_BD)
-        num_blocks = -(-num_rows // BLOCK_ROWS)
-        x_KRD = np.zeros((num_blocks, BLOCK_ROWS, self.spaces.num_features), np.float32)
-        flat = x_KRD.reshape(num_blocks * BLOCK_ROWS, -1)
+        num_rows, block_rows = len(obs_BD), self._block_rows(len(obs_BD))
+        num_blocks = -(-num_rows // block_rows)
+        x_KRD = np.zeros((num_blocks, block_rows, self.spaces.num_features), np.float32)
+        flat = x_KRD.reshape(num_blocks * block_rows, -1)
         flat[:num_rows] = obs_BD
-        normalised(flat[:num_rows], self.tensors, self.architecture)
+        if self.normalises:
+            normalised(flat[:num_rows], self.tensors, self.architecture)
         if self.architecture.module:
             outputs_KRO = np.stack([self.module_network.outputs_and_values(x_RD)[0] for x_RD in x_KRD])
         else:
             x_KRF = np.concatenate([self._inner_features(x_RD) for x_RD in x_KRD]) if self._convolutions else x_KRD
-            outputs_KRO = perceptron(self._layers, self.architecture.activation, x_KRF)  # one product of fixed shape per block
-        outputs_BO = outputs_KRO.reshape(num_blocks * BLOCK_ROWS, -1)[:num_rows]
+            outputs_KRO = self.perceptron(x_KRF)
+        return self.with_log_std(outputs_KRO.reshape(num_blocks * block_rows, -1)[:num_rows])
+
+    def with_log_std(self, outputs_BO: np.ndarray) -> np.ndarray:
+        """Return what the network's last layer gave with the trained deviations behind it, where the policy has them."""
         if "policy.log_std" not in self.tensors:
             return outputs_BO
         log_std_BK = np.broadcast_to(self.tensors["policy.log_std"], outputs_BO.shape)
         return np.concatenate([outputs_BO, log_std_BK], axis=1)
+
+    def _block_rows(self, num_rows: int) -> int:
+        is_perceptron = not self.architecture.module and not self._convolutions
+        return self.perceptron.block_rows(num_rows) if is_perceptron else BLOCK_ROWS
 
     def _inner_features(self, x_RD: np.ndarray) -> np.ndarray:
         """Return one block's features behind the convolutions [1, R, F]: all windows of many images at once would fill memory."""
@@ -88,6 +88,17 @@ class Policy:
     def distributions(self, obs_BD: np.ndarray, mask_BA: np.ndarray | None = None) -> np.ndarray:
         """Return a float64 distribution per row [B, P] (see `policies.distributions`), NaN where the network overflowed."""
         return self.distribution.parameters(self.outputs(obs_BD), mask_BA)
+
+    @cached_property
+    def normalises(self) -> bool:
+        """Whether observations are changed at all before the network sees them."""
+        mean, scale = self.tensors["normaliser.mean"], self.tensors["normaliser.scale"]
+        return bool(mean.any() or (scale != 1).any()) or self.architecture.observation_clip is not None
+
+    @cached_property
+    def perceptron(self) -> BlockPerceptron:
+        """The fully connected layers as they are asked, made when they are asked for the first time: golden vectors do that."""
+        return BlockPerceptron(layers_of(self.tensors, "policy", len(self.architecture.hidden) + 1), self.architecture.activation)
 
     @cached_property
     def module_network(self) -> ModuleNetwork:

@@ -41,7 +41,8 @@ class Decision(msgspec.Struct, frozen=True):
     violated, and null without a shield. `assigned` says who chose the arm: the plan by the unit, or the request (a tester's
     header), whose mixture propensity is that of its arm alone. `repair` says what was mended in the observation before anybody
     saw it; `observation` is the mended one.
-    `latency_s` is receipt to just before this line was written.
+    `latency_s` is receipt to just before this line was written. `engines` names what computed each version that may have answered
+    or whose propensity is in the mixture, where that was not numpy (`policies.onnx_engine`): other engines give other last bits.
     """
 
     decision_id: str
@@ -66,6 +67,7 @@ class Decision(msgspec.Struct, frozen=True):
     shield: str | None = None
     assigned: Literal["plan", "request"] = "plan"
     repair: str | None = None
+    engines: dict[int, str] | None = None
 
     @property
     def is_stood_in_for(self) -> bool:
@@ -104,6 +106,7 @@ class DecisionBatch(msgspec.Struct, frozen=True):
     shields: list[str | None] | None = None
     assigned: Literal["plan", "request"] = "plan"
     repairs: list[str | None] | None = None
+    engines: dict[int, str] | None = None  # one for all, as of a `Decision`
 
     def rows(self) -> Iterator[Decision]:
         """Return the decisions one by one."""
@@ -132,6 +135,7 @@ class DecisionBatch(msgspec.Struct, frozen=True):
                 shield=_item(self.shields, index),
                 assigned=self.assigned,
                 repair=_item(self.repairs, index),
+                engines=self.engines,
             )
 
     def _observations(self) -> list[Any]:

@@ -1,9 +1,9 @@
 """What a sealed segment of decisions looks like: one Parquet file, `<stem>.parquet`, in place of `<stem>.jsonl`.
 
-A row is a decision and a column is a field of `Decision`; what has no fixed type there (observation, action, action mask) is
-JSON text, null where the field is. One column more, `row`, is the decision's place among all those of the `jsonl` file: whoever
-had read a part of that goes on behind it here. Rows are sorted by time, and by `row` among equal times. Pages carry checksums.
-The file's metadata says what it was made of: see `SealedInfo`.
+A row is a decision and a column is a field of `Decision`; what has no fixed type there (observation, action, action mask,
+engines) is JSON text, null where the field is. One column more, `row`, is the decision's place among all those of the `jsonl`
+file: whoever had read a part of that goes on behind it here. Rows are sorted by time, and by `row` among equal times. Pages
+carry checksums. The file's metadata says what it was made of: see `SealedInfo`.
 """
 
 import contextlib
@@ -134,7 +134,7 @@ class SealedFile:
                     columns[name] = _decode_texts(columns[name])
             rows = columns.pop(ROW)
             documents = [dict(zip(columns, values)) for values in zip(*columns.values())]
-            return list(zip(rows, msgspec.convert(documents, list[Decision])))
+            return list(zip(rows, msgspec.convert(documents, list[Decision], str_keys=True)))
 
     def num_rows_from(self, first_row: int) -> int:
         """Return how many decisions have a `row` of at least this."""

@@ -40,4 +40,5 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     registry_error: str | None = None
     keys_error: str | None = None
     shadows: dict[str, int] = {}  # decisions that shadows were asked about, left out of, and not logged for
+    engines: dict[int, str] = {}  # what computes each version in memory: numpy, or a package and its version
     log: dict[str, Any] = {}  # `DecisionLog.status`: whether what it decides is written down

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve_app.engines import EngineSetting
+
 
 class ShieldConfig(BaseModel):
     """Which actions may be sent. What a version wants beyond that is replaced by what the next step of the ladder wants."""
@@ -53,6 +55,10 @@ class ServingConfig(BaseModel):
     )
     shield: ShieldConfig = ShieldConfig()
     fallback: FallbackConfig = FallbackConfig()
+    engine: EngineSetting = Field(
+        "auto",
+        description="auto: what is measured faster, of each version at load; name one where replicas are on several machines",
+    )
     require_signature: bool = Field(
         False, description="true: only versions signed with a trusted key are published, released and served (docs/security.md)"
     )

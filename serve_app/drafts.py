@@ -19,11 +19,12 @@ from serve_app.wire import DecideAnswer, DecideFailure, Explanation, Failure
 
 
 class Moment(NamedTuple):
-    """When a batch is decided, on both clocks, and under which plan."""
+    """When a batch is decided, on both clocks, under which plan, and by which engines where not by numpy."""
 
     plan: TrafficPlan
     wall_s: float
     now_s: float
+    engines: dict[int, str] | None = None
 
 
 def decision_of(
@@ -53,6 +54,7 @@ def decision_of(
         answer.shield,
         "plan" if ask.arm is None else "request",
         repair,
+        at.engines,
     )
 
 
@@ -85,6 +87,7 @@ def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[
         shields=_unless_empty([answer.shield for answer in answers]),
         assigned="plan" if ask.arm is None else "request",
         repairs=_unless_empty([encoded.repairs.get(row) for row in rows]) if encoded.repairs else None,
+        engines=at.engines,
     )
 
 

@@ -167,7 +167,7 @@ class Ingress:
             any([ask.explain for ask in decided]),
         )
         answers = self._decide(rows, snapshot) if decided else []
-        at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter())
+        at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter(), snapshot.engines)
         for place, (row, answer) in enumerate(zip(encoded.rows, answers)):
             ask = asks[row]
             if isinstance(answer, RequestRefused):
@@ -214,7 +214,7 @@ class Ingress:
     def _draft_of_many(
         self, ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[Any], result: Any, snapshot: Snapshot
     ) -> Draft:
-        at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter())
+        at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter(), snapshot.engines)
         line = encode(batch_of(ask, encoded, rows, answers, at)) + b"\n"
         names = [ask.batch_id] if ask.batch_id else [ask.decision_ids[row] for row in rows]
         return Draft(result, line, names if ask.is_named else ())

@@ -177,7 +177,7 @@ def _problem(decision: Decision, digest: str | None, now: float) -> str | None:
     if is_nested_deeply(decision.observation) or is_nested_deeply(decision.action):
         return f"observation or action has more than {MAX_NESTING} levels of lists and objects"
     expected_rung = "arm" if decision.fallback is None else "champion"
-    terms = (decision.rung, decision.shield, decision.assigned, decision.repair)
-    if terms != (expected_rung, None, "plan", None):
-        return f"rung, shield, assigned and repair are {terms}, expected {(expected_rung, None, 'plan', None)}"
+    terms = (decision.rung, decision.shield, decision.assigned, decision.repair, decision.engines)
+    if terms != (expected_rung, None, "plan", None, None):
+        return f"rung, shield, assigned, repair and engines are {terms}, expected {(expected_rung, None, 'plan', None, None)}"
     return None

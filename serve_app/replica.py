@@ -39,6 +39,7 @@ class PolicyReplica:
     """A plain class; `serve_app.app` makes a Serve deployment of it. Loads the plan before it is ready for requests."""
 
     def __init__(self, policy: str, storage_root: str, config: dict[str, Any]) -> None:
+        log_where_serve_does()  # first: what is loaded below is logged
         settings = ServingConfig(**config)
         storage = existing_storage(storage_root)
         self._started_at_s = time.time()
@@ -52,7 +53,7 @@ class PolicyReplica:
         self._recall = Recall(storage.decisions(policy), self.name)
         self._counters = Counters()
         trust = TrustStore(storage.trust) if settings.require_signature else None
-        self._variants = VariantStore(Registry(storage.registry(policy), trust=trust))
+        self._variants = VariantStore(Registry(storage.registry(policy), trust=trust), engine=settings.engine)
         self._monitor = MonitorLink(policy)
         self._background: list[asyncio.Task[None]] = []
         self._ingress = Ingress(
@@ -98,7 +99,6 @@ class PolicyReplica:
 
     def __serve_build_asgi_app__(self) -> HttpApi:
         """Ray Serve asks for the ASGI application by this name, before it starts the server."""
-        log_where_serve_does()
         front.install(self._direct)
         return self.api
 
@@ -120,6 +120,7 @@ class PolicyReplica:
             started_at_s=self._started_at_s,
             plan=snapshot.plan.number if snapshot else 0,
             versions=self._variants.versions,
+            engines=self._variants.engines,
             responses=dict(self._counters.responses),
             queue_depth=len(self._ingress.batcher),
             load_failures=self._variants.load_failures,

@@ -43,6 +43,7 @@ class StatusView:
             "plan": snapshot.plan.to_json() if snapshot else None,
             "champion": snapshot.champion.version if snapshot else None,
             "versions_in_memory": self._variants.versions,
+            "engines": self._variants.engines,
             "load_failures": self._variants.load_failures,
             "registry_error": self._variants.registry_error,
         }

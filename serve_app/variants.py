@@ -5,16 +5,19 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
 
 from policies.distributions import Mode
 from policies.errors import IntegrityError, ServiceUnavailable, TrimtabError
+from policies.onnx_engine import OnnxEngine
 from policies.policy import Policy
 from policies.registry import Registry, RegistryState
 from policies.spaces import Spaces
 from policies.traffic import TrafficPlan, without
+from serve_app.engines import NUMPY, EngineSetting, engine_for
 
 POLL_INTERVAL_S = 0.5  # a plan change must be everywhere within 2 s; without news a poll is one failed `open`
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0  # verifying a bundle reads all of it: a broken one is not tried twice a second
@@ -30,10 +33,15 @@ class Variant:
     digest: str
     policy: Policy
     mode: Mode
+    engine: OnnxEngine | None = None  # what computes it in numpy's place; goes with the variant
+
+    @property
+    def engine_name(self) -> str:
+        return NUMPY if self.engine is None else self.engine.name
 
     def distributions(self, obs_BD: np.ndarray, mask_BA: np.ndarray | None) -> np.ndarray:
         """Return a distribution over actions per row [B, P] for float32 observations [B, D]."""
-        return self.policy.distributions(obs_BD, mask_BA)
+        return (self.engine or self.policy).distributions(obs_BD, mask_BA)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,12 @@ class Snapshot:
     variants: MappingProxyType[int, Variant]  # exactly the versions of the plan's arms: what may become an answer
     shadows: tuple[Variant, ...] = ()  # asked in the background, never an answer
     previous: Variant | None = None
+
+    @cached_property
+    def engines(self) -> dict[int, str] | None:
+        """The engines of the versions that answer or may stand in, where that is not numpy; None where it is for all."""
+        variants = [*self.variants.values(), *filter(None, [self.previous])]
+        return {variant.version: variant.engine_name for variant in variants if variant.engine} or None
 
 
 @dataclass
@@ -72,6 +86,7 @@ class VariantStore:
     check: Callable[[Variant], None] = lambda variant: (
         None
     )  # raises a `TrimtabError` for a version that this replica cannot serve
+    engine: EngineSetting = "numpy"
     snapshot: Snapshot | None = None
     registry_error: str | None = None
     _loaded: dict[int, Variant] = field(default_factory=dict)
@@ -86,6 +101,11 @@ class VariantStore:
     def versions(self) -> list[int]:
         """The versions in memory."""
         return sorted(list(self._loaded))
+
+    @property
+    def engines(self) -> dict[int, str]:
+        """What computes each version in memory."""
+        return {version: variant.engine_name for version, variant in sorted(list(self._loaded.items()))}
 
     def in_force(self, policy: str) -> Snapshot:
         """Return the snapshot; raises `ServiceUnavailable` while no champion is loaded."""
@@ -148,7 +168,8 @@ class VariantStore:
         try:
             bundle = self.registry.bundle(version)  # verifies every byte and runs the golden vectors, which also warms it up
             self._require_same_spaces(version, bundle.policy.spaces)
-            variant = Variant(version, bundle.digest, bundle.policy, bundle.manifest["serving_mode"])
+            engine = engine_for(version, bundle, self.engine)
+            variant = Variant(version, bundle.digest, bundle.policy, bundle.manifest["serving_mode"], engine)
             self.check(variant)
         except (TrimtabError, OSError) as error:
             delay_s = min(2 * failure.delay_s, LAST_RETRY_S) if failure else FIRST_RETRY_S

@@ -5,6 +5,7 @@ from typing import Any
 from policies.distributions import seed_of
 from policies.errors import NotFound
 from policies.log_reader import find_decision
+from policies.onnx_engine import engine_named
 from policies.records import Decision
 from policies.registry import Registry
 from policies.storage import Storage
@@ -15,7 +16,8 @@ MAX_STEPS = 5  # of the fallback ladder
 def replay(storage: Storage, policy_name: str, decision_id: str) -> dict[str, Any]:
     """Return the logged and the recomputed action and propensity, and whether they are equal in every bit.
 
-    Raises `NotFound` for an id that is not in the log, `IntegrityError` when the bundle is not the one that was logged.
+    Raises `NotFound` for an id that is not in the log, `IntegrityError` when the bundle is not the one that was logged,
+    `ConfigError` when the engine that computed it is not installed here in that version.
     """
     decision = find_decision(storage.decisions(policy_name), decision_id)
     if decision is None:
@@ -30,7 +32,9 @@ def replay(storage: Storage, policy_name: str, decision_id: str) -> dict[str, An
     spaces = policy.spaces.without_observation_bounds()
     obs_D = spaces.check_observation(decision.observation)
     mask_A = spaces.check_mask(decision.action_mask)
-    parameters_P = policy.distributions(obs_D[None], None if mask_A is None else mask_A[None])[0]
+    engine_name = (decision.engines or {}).get(decision.version)
+    engine = policy if engine_name is None else engine_named(engine_name, policy)
+    parameters_P = engine.distributions(obs_D[None], None if mask_A is None else mask_A[None])[0]
     action, propensity = policy.distribution.choose(parameters_P, decision.mode, decision.seed)
     seed = _seed_of_draw(decision)
     # Under a shield the steps below the one that drew could have sent the same action: what is logged holds their share too.
@@ -39,6 +43,7 @@ def replay(storage: Storage, policy_name: str, decision_id: str) -> dict[str, An
         "decision_id": decision_id,
         "version": decision.version,
         "digest": decision.digest,
+        "engine": engine_name or "numpy",
         "logged": {"action": decision.action, "propensity": decision.propensity, "seed": decision.seed},
         "recomputed": {"action": action, "propensity": propensity, "seed": seed},
         "equal": action == decision.action and seed == decision.seed and is_equal,

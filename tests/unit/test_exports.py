@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from policies import exports
+from policies.blocks import BLOCK_ROWS
 from policies.bundle import Bundle, Golden, write_bundle
 from policies.errors import ConfigError, IntegrityError, NotFound
 from policies.exports import ARTIFACTS, DESCRIPTION, Export, load_export, write_export
 from policies.integrity import canonical_json, sha256_hex
 from policies.network import Architecture
-from policies.policy import BLOCK_ROWS, Policy
+from policies.policy import Policy
 from policies.torch_network import TRUSTED_VARIABLE, describe
 from tests.bundles import golden_as_trained, make_report, policy_on, vector_spaces
 from tests.unit.test_torch_policy import ALL_CASES, inputs_of

@@ -13,7 +13,14 @@ THREE = Categorical(Choices("discrete", (3,), (0,), ()))
 
 
 @pytest.mark.parametrize(
-    ("num_features", "num_actions", "hidden"), [(4, 2, (64, 64)), (27, 5, (33, 17)), (128, 18, (512, 512)), (3, 2, ())]
+    ("num_features", "num_actions", "hidden"),
+    [
+        (4, 2, (64, 64)),
+        (27, 5, (33, 17)),
+        (128, 18, (512, 512)),  # in panels
+        (8000, 3, (16,)),  # too many features for panels
+        (3, 2, ()),
+    ],
 )
 def test_a_row_has_the_same_bits_in_every_batch_and_at_every_place(
     num_features: int, num_actions: int, hidden: tuple[int, ...]

@@ -186,7 +186,7 @@ def replay(
     context = open_context(loop_file, None, storage)
     result = recompute(context.storage, context.loop.name, decision_id)
     text = (
-        f"decision {decision_id} by version {result['version']}, bundle {result['digest'][:12]}\n"
+        f"decision {decision_id} by version {result['version']}, bundle {result['digest'][:12]}, {result['engine']}\n"
         f"logged     {result['logged']}\nrecomputed {result['recomputed']}\n"
         f"{'equal, bit for bit' if result['equal'] else 'DIFFERENT'}"
     )
