@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from policies.distributions import Propensity
 from policies.errors import (
     ClusterError,
     IntegrityError,
@@ -563,7 +564,7 @@ def test_arms_of_weight_nothing_and_shadows_are_not_asked() -> None:
             return 0, 0.5
 
         def propensity(self, action, distribution, mode):
-            return 0.5
+            return Propensity(0.5)
 
     spaces = random_policy(1).spaces
     versions = {n: LocalVersion(n, "d", "sample", spaces, Row(n)) for n in (1, 2, 3)}
