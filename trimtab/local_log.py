@@ -37,7 +37,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True)
 class LogCounts:
-    """What became of decisions and rewards. `refused`: not JSON, or wrong, as the endpoint says; `error` has the last words on it."""
+    """What became of decisions and rewards. `refused`: not JSON, or wrong, as the endpoint says; `error` is the last."""
 
     buffered: int
     sent: int
