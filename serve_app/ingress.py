@@ -221,7 +221,7 @@ class Ingress:
     def _encode_many(self, ask: ManyAsk, snapshot: Snapshot) -> Encoded:
         spaces = snapshot.champion.policy.spaces
         if ask.numbers is not None:
-            return encode_numbers(spaces, ask.numbers)
+            return encode_numbers(spaces, ask.numbers, repair=self._repair)
         return encode_features(spaces, ask.observations, ask.masks, is_numbers=ask.is_numbers, repair=self._repair)
 
     def _answers_of_many(
