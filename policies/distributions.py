@@ -10,7 +10,8 @@ import hashlib
 import itertools
 import math
 import re
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +23,13 @@ Mode = Literal["greedy", "sample"]
 MAX_CHOICES_LISTED = 1000
 FEW_ROWS = 4  # one by one, so few are drawn faster than by arrays
 _ONE_OF_MANY = re.compile(r"(.+):([0-9]{1,5})\.([0-9a-f]+)")
+
+
+class Propensity(NamedTuple):
+    """How probable an action is: over `num_densities` of its numbers a density, over all the others a probability."""
+
+    value: float
+    num_densities: int = 0
 
 
 class Distribution(Protocol):
@@ -43,6 +51,9 @@ class Distribution(Protocol):
 
     def propensity_many(self, actions: list[Any], parameters_BP: np.ndarray, mode: Mode) -> list[float]:
         """Return what `propensity` returns for each row."""
+
+    def num_densities(self, action: Any, mode: Mode) -> int:
+        """Return over how many of the action's numbers `propensity` is a density."""
 
     def choose_rows(self, parameters_BP: np.ndarray, mode: Mode, rng: np.random.Generator) -> np.ndarray:
         """Return an action per row, as `env.step` takes them."""
@@ -98,6 +109,9 @@ class Categorical:
         if mode == "greedy":
             return (index_B == parameters_BP.argmax(axis=1)).astype(np.float64).tolist()
         return parameters_BP[np.arange(len(index_B)), index_B].tolist()
+
+    def num_densities(self, action: Any, mode: Mode) -> int:
+        return 0
 
     def choices(self) -> list[Any] | None:
         """Return all actions, None where they are too many to look at each."""
@@ -167,6 +181,12 @@ class Normal:
         if mode == "greedy":
             return float(np.array_equal(action_K, _as_sent(self._greedy_scale.to_bounds(mean_K))))
         return self.scale.density(action_K, mean_K, std_K)
+
+    def num_densities(self, action: Any, mode: Mode) -> int:
+        if mode == "greedy":
+            return 0
+        action_K = np.asarray(action, np.float64).reshape(-1)
+        return int(((action_K > self.scale.low_K) & (action_K < self.scale.high_K)).sum())
 
     def choose_rows(self, parameters_BP: np.ndarray, mode: Mode, rng: np.random.Generator) -> np.ndarray:
         mean_BK, std_BK = np.split(parameters_BP, 2, axis=1)
@@ -243,6 +263,19 @@ class Scale:
             edges_K.append(np.where(self._bends_K, bent_K, cut_K))
         edges_K[0][low_K == high_K] = np.inf  # whatever is drawn, it is sent as this number
         return edges_K[0].tolist(), edges_K[1].tolist()
+
+
+def mixed(parts: Iterable[tuple[float, Propensity]]) -> Propensity:
+    """Return the propensity under a mixture of parts, each with its weight.
+
+    Of the parts that can send the action only those with the fewest densities count: among all that is sent, a point that one
+    part sends with a probability is that part's alone, for a density gives it none. This is the derivative with respect to the
+    sum of the counting measure, for whatever is sent with a probability, and the Lebesgue measures, inside of the bounds and on
+    each of their faces. A sum of probabilities and densities would change with the action's unit.
+    """
+    shares = [Propensity(weight * part.value, part.num_densities) for weight, part in parts if weight * part.value != 0]
+    fewest = min((share.num_densities for share in shares), default=0)
+    return Propensity(math.fsum(share.value for share in shares if share.num_densities == fewest), fewest)
 
 
 def distribution_of(spaces: Spaces, architecture: Architecture) -> Distribution:

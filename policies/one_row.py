@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from policies.blocks import Panel
-from policies.distributions import Categorical, Mode, uniform
+from policies.distributions import Categorical, Mode, Propensity, uniform
 from policies.network import ACTIVATIONS, normalised
 from policies.policy import Policy
 
@@ -28,7 +28,7 @@ class RowEvaluator(Protocol):
     def choose(self, distribution: Any, mode: Mode, seed: int) -> tuple[Any, float]:
         """Return the action and its propensity, see `policies.distributions`."""
 
-    def propensity(self, action: Any, distribution: Any, mode: Mode) -> float:
+    def propensity(self, action: Any, distribution: Any, mode: Mode) -> Propensity:
         """Return how probable an action is, see `policies.distributions`."""
 
 
@@ -56,8 +56,9 @@ class AnyRow:
     def choose(self, distribution: np.ndarray, mode: Mode, seed: int) -> tuple[Any, float]:
         return self._policy.distribution.choose(distribution, mode, seed)
 
-    def propensity(self, action: Any, distribution: np.ndarray, mode: Mode) -> float:
-        return self._policy.distribution.propensity(action, distribution, mode)
+    def propensity(self, action: Any, distribution: np.ndarray, mode: Mode) -> Propensity:
+        ours = self._policy.distribution
+        return Propensity(ours.propensity(action, distribution, mode), ours.num_densities(action, mode))
 
 
 class OneChoice:
@@ -101,9 +102,9 @@ class OneChoice:
         index = max(index for index, probability in enumerate(distribution) if probability)  # the sum ended below 1
         return index + self._start, distribution[index]
 
-    def propensity(self, action: int, distribution: list[float], mode: Mode) -> float:
+    def propensity(self, action: int, distribution: list[float], mode: Mode) -> Propensity:
         index = action - self._start
-        return float(index == distribution.index(max(distribution))) if mode == "greedy" else distribution[index]
+        return Propensity(float(index == distribution.index(max(distribution))) if mode == "greedy" else distribution[index])
 
     def _softmax(self, logits: list[float]) -> list[float] | None:
         """Return probabilities as `Categorical.parameters` computes them: in float64, exponential and sum by numpy."""

@@ -34,7 +34,7 @@ class Decision(msgspec.Struct, frozen=True):
     `observation` and `action_mask` are those of the request; a mask that was a part of the observation is only in the latter.
     `action` is the environment's own value (an integer, a number, or
     lists of them), as it was answered. `propensity` is its probability under the arm that answered, of real numbers its
-    density; `mixture_propensity` is that under the traffic plan as a whole (the sum over arms of weight times propensity).
+    density; `mixture_propensity` is that under the traffic plan as a whole (`policies.distributions.mixed`).
     `seed` (53 bits) is the sampling seed of the draw that was sent. `rung` says who answered: the arm's own version, or which
     step of the fallback ladder; `fallback` why, null for the arm's own. A rule or a fixed action is no version: then `version` is
     0 and `digest` empty. `shield` names what the arm's own action would have violated, is "" when it was in force and nothing was

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from policies.distributions import Mode
+from policies.distributions import Categorical, Mode, Propensity, mixed
 from policies.errors import ServiceUnavailable
 from policies.traffic import Arm, assign
 from serve_app.breaker import Breaker
@@ -156,7 +156,7 @@ class Decider:
         rung = sent.rung
         mixture = sent.propensity
         if asked_arm is None:
-            mixture = math.fsum(a.weight * walks[a.name].propensity(sent.action) for a in plan.arms if a.weight)
+            mixture = mixed((a.weight, walks[a.name].propensity(sent.action)) for a in plan.arms if a.weight).value
         answer = Answer(
             arm.name,
             rung.version,
@@ -207,15 +207,7 @@ def _sent_by(
     variant, plan = snapshot.variants[arm.version], snapshot.plan
     own_BP = parameters[arm.version]
     actions, propensities = variant.policy.distribution.choose_many(own_BP, variant.mode, seeds)
-    mixtures = propensities
-    if len(plan.arms) > 1:
-        shares = np.zeros(len(seeds))
-        for other in plan.arms:
-            if other.weight:
-                theirs = snapshot.variants[other.version]
-                under = theirs.policy.distribution.propensity_many(actions, parameters[other.version], theirs.mode)
-                shares += other.weight * np.array(under)
-        mixtures = shares.tolist()
+    mixtures = propensities if len(plan.arms) == 1 else _mixtures(actions, snapshot, parameters)
     seen = own_BP if keeps_distributions else itertools.repeat(None)
     name, version, digest, mode = arm.name, variant.version, variant.digest, variant.mode
     answers = [
@@ -225,6 +217,24 @@ def _sent_by(
     if min(propensities) > 0 and max(propensities) < math.inf and min(mixtures) > 0 and max(mixtures) < math.inf:
         return answers
     return [_if_learnable(answer) for answer in answers]
+
+
+def _mixtures(actions: list[Any], snapshot: Snapshot, parameters: dict[int, np.ndarray]) -> list[float]:
+    """Return each action's propensity under the plan as a whole."""
+    arms = [(arm.weight, snapshot.variants[arm.version]) for arm in snapshot.plan.arms if arm.weight]
+    under = [v.policy.distribution.propensity_many(actions, parameters[v.version], v.mode) for _, v in arms]
+    if isinstance(snapshot.champion.policy.distribution, Categorical):  # probabilities only, so all rows at once
+        shares = np.zeros(len(actions))
+        for (weight, _), propensities in zip(arms, under):
+            shares += weight * np.array(propensities)
+        return shares.tolist()
+    return [
+        mixed(
+            (weight, Propensity(value, variant.policy.distribution.num_densities(action, variant.mode)))
+            for (weight, variant), value in zip(arms, values)
+        ).value
+        for action, values in zip(actions, zip(*under))
+    ]
 
 
 def _if_learnable(answer: Answer) -> Answer | ServiceUnavailable:

@@ -204,7 +204,8 @@ def _require_same(
 
 def _observations(ask: ManyAsk, encoded: Encoded, rows: Sequence[int]) -> list[Any] | str:
     if ask.numbers is not None:
-        chosen = ask.numbers if len(rows) == len(ask.numbers) else ask.numbers[list(rows)]
+        assert isinstance(encoded.observations, np.ndarray)
+        chosen = encoded.observations if len(rows) == len(ask.numbers) else encoded.observations[list(rows)]
         return base64.b64encode(np.ascontiguousarray(chosen, "<f4").tobytes()).decode()
     if len(rows) == len(ask.decision_ids):
         return list(encoded.observations)

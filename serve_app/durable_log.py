@@ -17,6 +17,8 @@ CHUNK_BYTES = 1 << 20  # of the buffer at once, when the disk is back
 
 Place = tuple[Path, int]
 Then = Callable[[TrimtabError | None, Place | None], None]
+Where = Place | Literal["kept", "dropped"]
+Moved = Callable[[Where], None]
 OnFailure = Literal["refuse", "answer"]
 logger = logging.getLogger(__name__)
 
@@ -29,8 +31,9 @@ class DecisionLog:
     `then(error, place)` is called exactly once: at once, or with a `commit` after its fsync. Without an error the answers may
     leave; `place` says where the lines begin, and is None when they are not in the log. What happens when it cannot be written,
     or only slowly: `refuse` passes `ServiceUnavailable`; `answer` passes none, counts the decisions as unlogged and keeps the
-    lines in memory until the disk takes them, the newest being dropped and counted when `buffer_bytes` are full. A process that
-    dies loses what it keeps. While it is failing the disk is tried once per `RETRY_S` only.
+    lines in memory until the disk takes them, the newest being dropped and counted when `buffer_bytes` are full. `moved` is told
+    where such lines are, also before `then` is called: kept, then at a place in the log, or dropped. A process that dies loses
+    what it keeps. While it is failing the disk is tried once per `RETRY_S` only.
 
     A write is made on the caller's thread. One that hangs therefore blocks the event loop for as long, and its time can only be
     measured afterwards; what `timeout_s` bounds is how often that happens. A thread for the writes would lift that, and cost
@@ -61,12 +64,13 @@ class DecisionLog:
         self._last_error: str | None = None
         self._num_unlogged = self._num_dropped = 0
 
-    def append(self, lines: bytes, num_decisions: int, then: Then) -> None:
+    def append(self, lines: bytes, num_decisions: int, then: Then, moved: Moved = lambda where: None) -> None:
         """Write whole lines with one system call and call `then` when they are logged, refused or kept."""
+        asked = _Lines(lines, num_decisions, moved)
         if self._may_try() and self._write_kept():
-            self._write(lines, lambda error, place: self._answer(_Lines(lines, num_decisions), then, error, place))
+            self._write(lines, lambda error, place: self._answer(asked, then, error, place))
         else:
-            self._answer(_Lines(lines, num_decisions), then, self._refusal(), None)
+            self._answer(asked, then, self._refusal(), None)
 
     def retry(self) -> None:
         """Write down what is kept if it is time to. Call it each second: without requests nothing else would do it."""
@@ -152,9 +156,10 @@ class DecisionLog:
         """Keep lines for later. They may be in the log already, where their fsync failed: readers count an id once."""
         if self._num_kept_bytes + len(lines.data) > self._buffer_bytes:
             self._num_dropped += lines.num_decisions
-            return
+            return lines.moved("dropped")
         self._kept.append(lines)
         self._num_kept_bytes += len(lines.data)
+        lines.moved("kept")
 
     def _write_kept(self) -> bool:
         """Write what is kept, oldest first, for as long as the disk is fast; False when it is not."""
@@ -162,7 +167,7 @@ class DecisionLog:
         while self._kept and is_fast:
             chunk = self._take_chunk()
             data = b"".join([lines.data for lines in chunk])
-            is_fast = self._write(data, lambda error, place, chunk=chunk: self._keep_again(chunk, error))
+            is_fast = self._write(data, lambda _, place, chunk=chunk: self._settle(chunk, place))
         return is_fast
 
     def _take_chunk(self) -> list["_Lines"]:
@@ -173,10 +178,16 @@ class DecisionLog:
         self._num_kept_bytes -= size
         return chunk
 
-    def _keep_again(self, chunk: list["_Lines"], error: TrimtabError | None) -> None:
-        if error is not None:
+    def _settle(self, chunk: list["_Lines"], place: Place | None) -> None:
+        """Say where what was kept is now, or keep it again."""
+        if place is None:
             for lines in chunk:
                 self._keep(lines)
+            return
+        path, offset = place
+        for lines in chunk:
+            lines.moved((path, offset))
+            offset += len(lines.data)
 
     def _note_failure(self, error: OSError) -> None:
         self._last_error, self._tried_s = str(error), self._monotonic()
@@ -191,3 +202,4 @@ class DecisionLog:
 class _Lines(NamedTuple):
     data: bytes
     num_decisions: int
+    moved: Moved

@@ -47,7 +47,7 @@ def encode(
     return _encode_each(spaces, observations, masks, repair, states)
 
 
-def encode_numbers(spaces: Spaces, numbers: np.ndarray) -> Encoded:
+def encode_numbers(spaces: Spaces, numbers: np.ndarray, *, repair: Repair | None) -> Encoded:
     """Return the features of float32 observations [N, *shape]; raises `RequestInvalid` unless the policy takes one such Box."""
     if not isinstance(spaces.observation, Box) or numbers.shape[1:] != spaces.observation.low.shape or spaces.has_mask:
         expected = list(spaces.observation.low.shape) if isinstance(spaces.observation, Box) else "not one array of numbers"
@@ -56,15 +56,9 @@ def encode_numbers(spaces: Spaces, numbers: np.ndarray) -> Encoded:
     is_fit_N = ((obs_ND >= spaces.low_D) & (obs_ND <= spaces.high_D) & np.isfinite(obs_ND)).all(axis=1)
     if is_fit_N.all():
         return Encoded(obs_ND, None, range(len(obs_ND)), {}, numbers, {})
-    refusals: dict[int, RequestInvalid] = {}
-    for row in np.flatnonzero(~is_fit_N).tolist():
-        try:
-            spaces.check_observation(numbers[row].tolist())
-            refusals[row] = RequestInvalid("the observation is outside of the policy's space")
-        except RequestInvalid as error:
-            refusals[row] = error
-    rows = np.flatnonzero(is_fit_N)
-    return Encoded(obs_ND[rows], None, rows.tolist(), refusals, numbers, {})
+    each = _encode_each(spaces, numbers.tolist(), None, repair, None)
+    with np.errstate(over="ignore"):  # of a `fill` that no float32 is: its row was refused
+        return each._replace(observations=np.array(each.observations, np.float32))
 
 
 def _encode_each(

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable, TrimtabError
@@ -24,7 +23,7 @@ from serve_app.drafts import (
     row_told_again,
     told_again,
 )
-from serve_app.durable_log import DecisionLog, Place
+from serve_app.durable_log import DecisionLog, Place, Where
 from serve_app.features import Encoded, encode_numbers
 from serve_app.features import encode as encode_features
 from serve_app.keys import ApiKey, require
@@ -222,7 +221,7 @@ class Ingress:
     def _encode_many(self, ask: ManyAsk, snapshot: Snapshot) -> Encoded:
         spaces = snapshot.champion.policy.spaces
         if ask.numbers is not None:
-            return encode_numbers(spaces, ask.numbers)
+            return encode_numbers(spaces, ask.numbers, repair=self._repair)
         return encode_features(
             spaces, ask.observations, ask.masks, is_numbers=ask.is_numbers, repair=self._repair, states=ask.states
         )
@@ -345,19 +344,25 @@ class Ingress:
             if error is not None:
                 return _let_go([Draft(error) if draft.line else draft for draft in drafts], delivers)
             if place is not None:
-                self._remember(drafts, *place)
+                self._remember(drafts, place)
             _let_go(drafts, delivers)
             for rows, answers in shown:
                 self._offer_to_shadows(rows, answers, snapshot)
 
-        self._log.append(lines, num_decisions, logged)
+        self._log.append(lines, num_decisions, logged, lambda where: self._remember(drafts, where))
         if not is_over:
             self._being_logged.update(dict.fromkeys(names, waiting))
 
-    def _remember(self, drafts: list[Draft], path: Path, offset: int) -> None:
+    def _remember(self, drafts: list[Draft], where: Where) -> None:
+        """Have what was decided told again, from wherever its line is."""
+        offset = 0
         for draft in drafts:
-            if draft.names:
-                self._recall.remember(draft.names, path, offset)
+            if where == "kept":
+                self._recall.keep(draft.names, draft.line)
+            elif where == "dropped":
+                self._recall.forget(draft.names)
+            elif draft.names:
+                self._recall.remember(draft.names, where[0], where[1] + offset)
             offset += len(draft.line)
 
 

@@ -2,9 +2,9 @@
 
 They get the traffic plan, the bundles of its versions and a lease, under which they name decisions. What they send back later is
 written as it came, once it was checked: that its id was made under a lease, at a time when that lease was in force, that its
-seed is that of its id, that its version is one of ours with this digest, that something can be learned from its propensities,
-and that whoever reads the log can read it. Trusted is the rest: observation, action and propensity are what the client says.
-`trimtab replay` recomputes them.
+seed is that of its id, that its plan has this arm with this version, the version this digest, that something can be learned from
+its propensities, and that whoever reads the log can read it. Trusted is the rest: observation, action and propensity are what
+the client says. `trimtab replay` recomputes them.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from typing import Annotated, get_args
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -21,8 +21,7 @@ from policies.bundle_reader import read_file_of
 from policies.distributions import seed_of
 from policies.errors import DecisionUnknown, NotFound, RequestInvalid, ServiceUnavailable, TrimtabError
 from policies.records import Decision
-from policies.registry import Registry
-from policies.traffic import ArmName
+from policies.registry import Registry, RegistryState
 from serve_app.asgi import Request
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import LEASE_S, DecisionIds, lease_began_at
@@ -33,8 +32,6 @@ from serve_app.wire import MAX_NESTING, BodyDecoder, encode, is_nested_deeply
 MAX_DECISIONS = 1000
 MAX_CLOCK_SKEW_S = 300.0  # between a client's clock and ours; the log's times are what rewards are joined by
 MAX_NAME_LENGTH = 256  # of units and episodes, as in requests
-MAX_INT = 2**63 - 1  # what a sealed segment's columns hold; one number above it and the whole segment could not be sealed
-_ARMS = get_args(ArmName)
 _LEASED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}(:[0-9]{1,19})?\.[0-9a-f]{16}\.[0-9a-f]{12}")
 
 
@@ -73,7 +70,7 @@ class LocalDecisions:
         self._max_body_bytes = config.max_body_bytes
         self._has_shield = config.shield.is_on
         self._wall_clock = wall_clock
-        self._digests: dict[int, str] = {}  # of the versions that were seen
+        self._known: RegistryState | None = None  # as it was when a decision last named something newer
 
     def plan(self) -> bytes:
         """Return the plan in force, its versions and a new lease.
@@ -111,7 +108,6 @@ class LocalDecisions:
         replica cannot judge yet.
         """
         asked: LocalDecisionsRequest = _decoder.decode(await request.body(self._max_body_bytes))
-        await self._look_up([decision.version for decision in asked.decisions])
         now, newest_plan = self._wall_clock(), self._snapshot().plan.number
         for index, decision in enumerate(asked.decisions):
             where = f"decision {index} ({decision.decision_id!r:.200})"
@@ -119,7 +115,7 @@ class LocalDecisions:
                 raise ServiceUnavailable(f"{where}: this replica is at plan {newest_plan}, it is of {decision.plan}; send again")
             if not (_LEASED_ID.fullmatch(decision.decision_id) and self._decision_ids.is_ours(decision.decision_id)):
                 raise DecisionUnknown(f"{where} was not named under a lease of this deployment; nothing was accepted")
-            problem = _problem(decision, self._digests.get(decision.version), now)
+            problem = _problem(decision, await self._state_with(decision), now)
             if problem:
                 raise RequestInvalid(f"{where}: {problem}; nothing was accepted")
         await self._write_down(asked.decisions)
@@ -128,14 +124,21 @@ class LocalDecisions:
     def _snapshot(self) -> Snapshot:
         return self._variants.in_force(self._policy)
 
-    async def _look_up(self, versions: list[int]) -> None:
-        """Learn the digests of versions that this replica never answered with: it may be younger than the decisions."""
-        self._digests |= {version: variant.digest for version, variant in self._snapshot().variants.items()}
-        if set(versions) <= self._digests.keys():
-            return
+    async def _state_with(self, decision: Decision) -> RegistryState:
+        """Return a state of the registry that has the decision's plan and version, if there ever were such.
+
+        The snapshot would not do: it has one plan, without the arms that did not load here. Raises `ServiceUnavailable` when the
+        registry cannot be read.
+        """
         async with self._reading:
-            state = await asyncio.to_thread(self._registry.state)
-        self._digests |= {number: version.digest for number, version in state.versions.items()}
+            known = self._known
+            if known is None or decision.plan > known.num_entries or decision.version not in known.versions:
+                try:
+                    self._known = await asyncio.to_thread(self._registry.state)
+                except (TrimtabError, OSError) as error:
+                    why = f"the registry cannot be read to check decisions against: {error}"
+                    raise ServiceUnavailable(f"{why}; send them again") from error
+            return self._known
 
     async def _write_down(self, decisions: list[Decision]) -> None:
         """Append them with one write, and wait until they are as durable as was asked for."""
@@ -151,7 +154,7 @@ class LocalDecisions:
             raise error
 
 
-def _problem(decision: Decision, digest: str | None, now: float) -> str | None:
+def _problem(decision: Decision, state: RegistryState, now: float) -> str | None:
     """Say what is wrong with a decision; None when nothing is."""
     began_at = lease_began_at(decision.decision_id)
     assert began_at is not None, "its id was checked"
@@ -161,8 +164,9 @@ def _problem(decision: Decision, digest: str | None, now: float) -> str | None:
             f"time_s is {decision.time_s:.0f}, expected {began_at:.0f} to {ended_at:.0f}, when its lease was in force, and "
             f"{MAX_CLOCK_SKEW_S:.0f} s around that; set the client's clock"
         )
-    if digest is None or decision.digest != digest:
-        return f"version {decision.version} is {digest}, not {decision.digest!r:.80}"
+    version = state.versions.get(decision.version)
+    if version is None or decision.digest != version.digest:
+        return f"version {decision.version} is {version and version.digest}, not {decision.digest!r:.80}"
     if decision.seed != seed_of(decision.decision_id):
         return f"seed is {decision.seed}, expected that of its id, {seed_of(decision.decision_id)}"
     if not (0 < decision.propensity < math.inf and 0 < decision.mixture_propensity < math.inf):
@@ -170,10 +174,17 @@ def _problem(decision: Decision, digest: str | None, now: float) -> str | None:
     names = (decision.unit_id, decision.episode_id or "-")
     if not all(0 < len(name) <= MAX_NAME_LENGTH for name in names):
         return f"unit_id and episode_id have {len(names[0])} and {len(names[1])} characters, expected 1 to {MAX_NAME_LENGTH}"
-    if decision.plan < 0 or not 0 <= decision.release <= MAX_INT:
-        return f"plan and release are {decision.plan!s:.24} and {decision.release!s:.24}, expected 0 to {MAX_INT}"
-    if decision.arm not in _ARMS:
-        return f"arm is {decision.arm!r:.80}, expected one of {', '.join(_ARMS)}"
+    plan = state.plan_numbered(decision.plan)
+    if plan is None or decision.release != plan.release:
+        of_release = "no plan" if plan is None else f"of release {plan.release}"
+        return f"plan {decision.plan!s:.24} is {of_release}, the decision's release is {decision.release!s:.24}"
+    # A version that failed is answered for by the champion, whichever arm the unit has.
+    answering = {arm.name: arm.version for arm in plan.arms}
+    if decision.arm in answering and decision.fallback is not None:
+        answering[decision.arm] = answering["champion"]
+    if decision.version != answering.get(decision.arm):
+        whose = f"arm {decision.arm!r:.80}{' after a fallback' if decision.fallback is not None else ''}"
+        return f"version {decision.version} is not that of {whose} in plan {plan.number}: {plan.arms!s:.400}"
     if is_nested_deeply(decision.observation) or is_nested_deeply(decision.action):
         return f"observation or action has more than {MAX_NESTING} levels of lists and objects"
     expected_rung = "arm" if decision.fallback is None else "champion"

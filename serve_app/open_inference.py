@@ -111,8 +111,8 @@ class OpenInference:
             observations=() if is_binary else _observations(spaces.observation, tensors, num),
             numbers=tensors["observation"] if is_binary else None,
             masks=tensors[ACTION_MASK].astype(int).tolist() if spaces.has_mask else None,
-            unit_ids=_names(tensors, "unit_id") or _text(asked, "unit_id"),
-            episode_ids=_names(tensors, "episode_id"),
+            unit_ids=_names(tensors, "unit_id", num) or _text(asked, "unit_id"),
+            episode_ids=_names(tensors, "episode_id", num),
             request_id=_request_id(asked),
             mode=mode,
             arm=None if version is None else _arm_of(snapshot, version),
@@ -134,6 +134,7 @@ class OpenInference:
             "arm": (BYTES, [num], [row.arm for row in rows]),
             "version": ("INT64", [num], [row.version for row in rows]),
             "fallback": (BYTES, [num], [row.fallback or "" for row in rows]),
+            "repair": (BYTES, [num], [row.repair or "" for row in rows]),
         }
         document: dict[str, Any] = {"model_name": self._policy, "model_version": str(rows[0].version)}
         if asked.id is not None:
@@ -145,6 +146,7 @@ class OpenInference:
                 "arm": row.arm,
                 "propensity": row.propensity,
                 "fallback": row.fallback or "",
+                "repair": row.repair or "",
             }
         body, header_length = write_response(document, outputs, asked)
         if header_length is None:
@@ -182,7 +184,7 @@ def _leaves(observation: Observation, name: str) -> list[tuple[str, str, tuple[i
 def _outputs(spaces: Spaces) -> list[tuple[str, str, tuple[int, ...]]]:
     action = spaces.action
     first = ("action", "INT64", action.shape) if isinstance(action, Choices) else ("action", "FP32", action.low.shape)
-    others = {"propensity": "FP64", "decision_id": BYTES, "arm": BYTES, "version": "INT64", "fallback": BYTES}
+    others = {"propensity": "FP64", "decision_id": BYTES, "arm": BYTES, "version": "INT64", "fallback": BYTES, "repair": BYTES}
     return [first, *((name, kind, ()) for name, kind in others.items())]
 
 
@@ -205,10 +207,12 @@ def _arm_of(snapshot: Snapshot, version: str) -> str:
     return next(arm.name for arm in snapshot.plan.arms if str(arm.version) == version)
 
 
-def _names(tensors: dict[str, np.ndarray], name: str) -> list[Any] | None:
+def _names(tensors: dict[str, np.ndarray], name: str, num: int) -> list[Any] | None:
     if name not in tensors:
         return None
     texts = tensors[name].reshape(-1).tolist()
+    if len(texts) != num:
+        raise RequestInvalid(f"input {name!r} has shape {list(tensors[name].shape)}, expected {[num]} or {[num, 1]}", 400)
     if any(not isinstance(text, str) or not 1 <= len(text) <= MAX_PARAMETER_LENGTH for text in texts):
         raise RequestInvalid(f"input {name!r} must be BYTES, each text of 1 to {MAX_PARAMETER_LENGTH} characters", 400)
     return texts

@@ -53,6 +53,7 @@ class Recall:
         self._own_writer = own_writer
         self._newer: dict[str, tuple[Path, int]] = {}
         self._older: dict[str, tuple[Path, int]] = {}
+        self._kept: dict[str, bytes] = {}  # lines that were answered and are in no segment yet
         self._others: dict[Path, Place] = {}
         self._seen_change_ns = -1
 
@@ -60,8 +61,18 @@ class Recall:
         """Note where a line begins that this replica has just written."""
         for name in names:
             self._newer[name] = (path, offset)
+            self._kept.pop(name, None)
         if len(self._newer) > MAX_REMEMBERED:
             self._older, self._newer = self._newer, {}
+
+    def keep(self, names: Iterable[str], line: bytes) -> None:
+        """Note a line that the disk did not take and that is kept in memory, until it is remembered or forgotten."""
+        self._kept.update(dict.fromkeys(names, line))
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop what was kept under these names."""
+        for name in names:
+            self._kept.pop(name, None)
 
     def catch_up(self) -> None:
         """Read what other replicas have appended since the last call."""
@@ -73,6 +84,9 @@ class Recall:
 
     def find(self, name: str) -> list[Decision]:
         """Return the logged decisions of this name, none if it was not decided lately."""
+        kept = self._kept.get(name)
+        if kept is not None:
+            return _decisions_in(kept, name)
         where = self._newer.get(name) or self._older.get(name)
         if where is None:
             return []

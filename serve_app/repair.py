@@ -10,6 +10,8 @@ Way = Literal["clip", "missing"]
 class Repair:
     """Mends observations of one Box: `clip` cuts numbers at their bounds, `missing` puts `fill` where a number is null.
 
+    A tensor has no null: NaN stands for it there, and nowhere else, for JSON has no NaN.
+
     Whatever else is wrong with an observation stays wrong: text in the place of a number is no measurement.
     """
 
@@ -31,10 +33,11 @@ class Repair:
             return [self._mend(v, lo, hi, f"{path}[{i}]", notes) for i, (v, lo, hi) in enumerate(zip(value, low, high))]
         if isinstance(low, list):
             return value
-        if value is None and self._fill is not None:
+        is_missing = value is None or value != value
+        if is_missing and self._fill is not None:
             notes.append(f"{path} was missing, {self._fill:g} is taken")
             return self._fill
-        if self._clips and type(value) in (int, float) and not low <= value <= high:
+        if self._clips and not is_missing and type(value) in (int, float) and not low <= value <= high:
             bound = low if value < low else high
             notes.append(f"{path} = {value!s:.24} was cut to {bound:g}")
             return bound

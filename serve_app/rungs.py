@@ -6,7 +6,8 @@ So the probability that action `a` is sent for an observation is
 
     p(a) = sum over rungs k of  prod_{j<k} v_j  *  p_k(a)      for an acceptable a
 
-where p_k is rung k's own distribution and v_j the probability that rung j draws something unacceptable.
+where p_k is rung k's own distribution and v_j the probability that rung j draws something unacceptable. Where a rung has a
+probability for `a` and another only a density, the densities do not count (`policies.distributions.mixed`).
 """
 
 import logging
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from policies import records
-from policies.distributions import Mode, seed_of
+from policies.distributions import Mode, Propensity, mixed, seed_of
 from policies.errors import ConfigError, ServiceUnavailable
 from policies.functions import load_function
 from policies.spaces import Spaces
@@ -47,8 +48,10 @@ class VersionRung(NamedTuple):
     def choose(self, seed: int) -> Any:
         return self.variant.policy.distribution.choose(self.parameters_P, self.mode, seed)[0]
 
-    def propensity(self, action: Any) -> float:
-        return self.variant.policy.distribution.propensity(action, self.parameters_P, self.mode)
+    def propensity(self, action: Any) -> Propensity:
+        distribution = self.variant.policy.distribution
+        value = distribution.propensity(action, self.parameters_P, self.mode)
+        return Propensity(value, distribution.num_densities(action, self.mode))
 
     def violation_probability(self, shield: Shield, obs_D: np.ndarray) -> float:
         return shield.violation_probability(self.variant.policy.distribution, self.parameters_P, self.mode, obs_D)
@@ -67,8 +70,8 @@ class PointRung(NamedTuple):
     def choose(self, seed: int) -> Any:
         return self.action
 
-    def propensity(self, action: Any) -> float:
-        return float(np.array_equal(action, self.action))
+    def propensity(self, action: Any) -> Propensity:
+        return Propensity(float(np.array_equal(action, self.action)))
 
     def violation_probability(self, shield: Shield, obs_D: np.ndarray) -> float:
         return float(shield.violated(obs_D, self.action) is not None)
@@ -157,23 +160,23 @@ class Walk:
             wrong = self._shield.violated(self._row.obs_D, action) if self._shield is not None else None
             if wrong is None:
                 fallback = None if rung.name == "arm" else self.reasons[-1]
-                return Sent(rung, action, seed, self.propensity(action), fallback, violated)
+                return Sent(rung, action, seed, self.propensity(action).value, fallback, violated)
             violated = violated or wrong
             self.reasons.append(f"{_who(rung)} wanted an action that violates {wrong}")
         raise ServiceUnavailable(f"nobody can answer this observation: {'; '.join(self.reasons) or 'there is no version'}")
 
-    def propensity(self, action: Any) -> float:
-        """Return the probability with which this arm sends an acceptable action, over all rungs that could have sent it."""
+    def propensity(self, action: Any) -> Propensity:
+        """Return how probably this arm sends an acceptable action, over all rungs that could have sent it."""
         if self._shield is None:
             first = next(self._rungs_again(), None)
-            return 0.0 if first is None else first.propensity(action)
-        total, reaches = 0.0, 1.0
+            return Propensity(0.0) if first is None else first.propensity(action)
+        parts, reaches = [], 1.0
         for rung in self._rungs_again():
-            total += reaches * rung.propensity(action)
+            parts.append((reaches, rung.propensity(action)))
             reaches *= rung.violation_probability(self._shield, self._row.obs_D)
             if reaches <= 0:
                 break
-        return total
+        return mixed(parts)
 
     def _rungs_again(self) -> Iterator[Rung]:
         yield from self._seen

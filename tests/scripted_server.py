@@ -58,6 +58,20 @@ class Exchange:
             self.handler.wfile.write(b" ")
             self.handler.wfile.flush()
 
+    def drip_headers(self) -> None:
+        """Begin an answer, and send its first header byte by byte."""
+        self.handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        while not self.stopped.wait(0.05):
+            self.handler.wfile.write(b"x")
+            self.handler.wfile.flush()
+
+    def drip_chunk(self) -> None:
+        """Send a chunk whose size is never said to its end."""
+        self._head(200, {"Transfer-Encoding": "chunked"})
+        while not self.stopped.wait(0.05):
+            self.handler.wfile.write(b"0")
+            self.handler.wfile.flush()
+
     def _head(self, status: int, headers: dict[str, str]) -> None:
         self.handler.send_response(status)
         for name, value in headers.items():

@@ -15,12 +15,11 @@ from trimtab import calls
 from trimtab.calls import FeedbackItem, Mode, Single
 from trimtab.coalescing import Coalescer, Kind, answers_of
 from trimtab.lanes import DirectLanes
-from trimtab.retrying import LEAST_TIMEOUT_S, Answered, Call, Failed, Pause, Send, Steps, exchange, retry_after_s
+from trimtab.retrying import Answered, Call, Failed, Pause, Send, Steps, exchange, retry_after_s
+from trimtab.timely import timely_session
 
 if TYPE_CHECKING:
     from trimtab.local_client import LocalClient
-
-CHUNK_BYTES = 1 << 16
 
 
 class Client:
@@ -179,16 +178,14 @@ class Client:
             return end.value
 
     def _try(self, send: Send) -> Answered | Failed:
-        deadline_s = time.monotonic() + send.timeout_s
         headers = {"Content-Type": "application/json"} if send.body is not None else {}
         # `total`: what connecting takes is not there for the answer any more.
         limits: Any = urllib3.Timeout(total=send.timeout_s, connect=send.connect_timeout_s)
         try:
-            with self._session().request(
-                send.method, send.url, data=send.body, headers=headers, timeout=limits, stream=True, allow_redirects=False
-            ) as response:
-                body = _body_of(response, deadline_s)
-                return Answered(response.status_code, body, retry_after_s(response.headers.get("Retry-After")))
+            response = self._session().request(
+                send.method, send.url, data=send.body, headers=headers, timeout=limits, allow_redirects=False
+            )
+            return Answered(response.status_code, response.content, retry_after_s(response.headers.get("Retry-After")))
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             if isinstance(error, ValueError):  # an address that is none, a header that cannot be: no try would be another one
                 raise RequestInvalid(f"the request cannot be sent: {error}") from error
@@ -198,7 +195,7 @@ class Client:
         """Return this thread's session: `requests` does not promise that threads may share one."""
         session = getattr(self._threads, "session", None)
         if session is None:
-            session = requests.Session()
+            session = timely_session()
             session.headers["Authorization"] = f"Bearer {self._key}"
             session.trust_env = False  # a proxy from the environment has no business between us and our own endpoint
             self._threads.session = session
@@ -215,23 +212,3 @@ class Client:
 
 def _pause(pause: Pause) -> None:
     time.sleep(pause.seconds)
-
-
-def _body_of(response: requests.Response, deadline_s: float) -> bytes:
-    """Read an answer to its end, and no longer than until the deadline.
-
-    A socket's own timeout is for each piece: an endpoint that sends a byte now and then would hold its caller for ever.
-    """
-    chunks, raw = [], response.raw
-    while True:
-        remaining_s = deadline_s - time.monotonic()
-        if remaining_s <= 0:
-            raise requests.ReadTimeout("the answer came too slowly")
-        socket = getattr(raw.connection, "sock", None)  # None once all is read
-        if socket is not None:
-            socket.settimeout(max(remaining_s, LEAST_TIMEOUT_S))
-        chunk = raw.read1(CHUNK_BYTES, decode_content=True)
-        if not chunk:
-            break
-        chunks.append(chunk)
-    return b"".join(chunks)

@@ -203,6 +203,11 @@ class _Names:
 def _checked(what: str, name: str | None) -> str | None:
     if name is not None and not (isinstance(name, str) and 0 < len(name) <= MAX_NAME_LENGTH):
         raise RequestInvalid(f"{what} is {name!r:.100}, expected 1 to {MAX_NAME_LENGTH} characters")
+    if name is not None and not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair: neither the log nor the endpoint can say it
+            raise RequestInvalid(f"{what} is {name!r:.100}, which is no Unicode text: {error.reason}") from error
     return name
 
 

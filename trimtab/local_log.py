@@ -37,7 +37,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True)
 class LogCounts:
-    """What became of decisions and rewards. `refused`: the endpoint says that they are wrong, `error` has its last words."""
+    """What became of decisions and rewards. `refused`: not JSON, or wrong, as the endpoint says; `error` is the last."""
 
     buffered: int
     sent: int
@@ -118,8 +118,9 @@ class LocalLog:
             with self._changed:
                 is_closing = self._changed.wait_for(lambda: self._closes_at_s is not None, FLUSH_S)
             while items := self._take():
-                parts = [*_parts([item for item in items if isinstance(item, Decision)], b'{"decisions":[%b]}', "/v1/decisions")]
-                parts += _parts([item for item in items if isinstance(item, Report)], b"[%b]", "/v1/feedback")
+                decisions = self._encoded([item for item in items if isinstance(item, Decision)])
+                reports = self._encoded([item for item in items if isinstance(item, Report)])
+                parts = [*_parts(decisions, b'{"decisions":[%b]}', "/v1/decisions"), *_parts(reports, b"[%b]", "/v1/feedback")]
                 if not all(self._deliver(part) for part in parts):  # in this order, and none after one that did not arrive
                     return
 
@@ -129,6 +130,18 @@ class LocalLog:
             self._num_in_hand = len(items)
             return items
 
+    def _encoded(self, items: list[Any]) -> list[bytes]:
+        """Return the records as JSON, without those that JSON cannot say, such as a name with half a surrogate pair."""
+        records = []
+        for item in items:
+            try:
+                records.append(_encode(item))
+            except (ValueError, TypeError, OverflowError) as error:
+                logger.error("event=local_record_refused record=%.300r error=%r", item, str(error))
+                self._note(error)
+                self._settle(num_refused=1)
+        return records
+
     def _deliver(self, part: "_Part") -> bool:
         """Send records until they have arrived, or are known to be wrong; False when there is no time left for that."""
         pause_s = FIRST_PAUSE_S
@@ -137,7 +150,9 @@ class LocalLog:
                 self._send(part.call(), limit_s)
             except (RequestInvalid, DecisionUnknown, RequestConflict) as error:
                 return self._isolate(part, error)
-            except TrimtabError as error:  # away, full, or a key that is not valid now and may be again
+            except Exception as error:  # away, full, or a key that is not valid now and may be again
+                if not isinstance(error, TrimtabError):  # a mistake of ours: without this thread nothing would be sent any more
+                    logger.exception("event=local_log_failed path=%s", part.path)
                 self._note(error)
                 self._wait(pause_s)
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
@@ -168,7 +183,7 @@ class LocalLog:
                 return
         time.sleep(max(min(pause_s, self._closes_at_s - time.monotonic()), 0.0))
 
-    def _note(self, error: TrimtabError) -> None:
+    def _note(self, error: Exception) -> None:
         with self._changed:
             self._error = f"{type(error).__name__}: {error}"
 
@@ -193,12 +208,11 @@ class _Part(NamedTuple):
         return Call("POST", self.path, self.envelope % b",".join(self.records))
 
 
-def _parts(items: list[Any], envelope: bytes, path: str) -> Iterator[_Part]:
+def _parts(encoded: list[bytes], envelope: bytes, path: str) -> Iterator[_Part]:
     """Return the requests for records, none larger than the endpoint takes."""
     records: list[bytes] = []
     size_bytes = 0
-    for item in items:
-        record = _encode(item)
+    for record in encoded:
         if records and size_bytes + len(record) > MAX_BYTES:
             yield _Part(records, envelope, path)
             records, size_bytes = [], 0

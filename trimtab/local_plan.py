@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from policies.distributions import Mode
+from policies.distributions import Mode, mixed
 from policies.errors import ServiceUnavailable
 from policies.one_row import RowEvaluator, row_evaluator
 from policies.policy import Policy
@@ -78,12 +78,13 @@ def draw(plan: LocalPlan, unit_id: str, features: list[float], mask_A: np.ndarra
     action, propensity = version.row.choose(said.distribution, version.mode, seed)
     mixture = propensity
     if len(plan.plan.arms) > 1:
-        mixture = 0.0
+        parts = []
         for other in plan.plan.arms:
             theirs = said if other is arm else _said(plan, other, features, mask_A) if other.weight else None
             if theirs is not None and theirs.distribution is not None:  # else it would have sent no action
                 under = theirs.version.row.propensity(action, theirs.distribution, theirs.version.mode)
-                mixture += other.weight * under
+                parts.append((other.weight, under))
+        mixture = mixed(parts).value
     if not (0.0 < propensity < math.inf and 0.0 < mixture < math.inf):
         raise ServiceUnavailable(
             f"the action's propensity is {propensity:g}, and {mixture:g} over all arms: nothing can be learned from that; "

@@ -24,6 +24,7 @@ from trimtab.retrying import Call
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
+MAX_PAUSE_S = 60.0  # between looks that end in an error nobody expected: each writes a traceback
 POLL_TIMEOUT_S, FILE_TIMEOUT_S = 5.0, 60.0  # a bundle has up to 200 MB
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -59,8 +60,9 @@ class InForce:
 class PlanFollower:
     """Polls the endpoint. `in_force` is there from the beginning; later it is the newest plan whose bundles all loaded.
 
-    `error` says why the last look brought nothing new: the endpoint is away, or a bundle does not verify. Then the last plan
-    stays in force. `refusal` is the endpoint's explicit no to this key or to local decisions: then nothing is decided any more.
+    `error` says why the last look brought nothing new: the endpoint is away, a bundle does not verify, or the replica that was
+    asked still has an older plan. Then the last plan stays in force. `refusal` is the endpoint's explicit no to this key or to
+    local decisions: then nothing is decided any more.
     `send` makes a request within a time limit.
     """
 
@@ -107,8 +109,15 @@ class PlanFollower:
         self._clean_up()
 
     def _run(self) -> None:
-        while not self._stopping.wait(POLL_INTERVAL_S):
-            self.refresh()
+        pause_s = POLL_INTERVAL_S
+        while not self._stopping.wait(pause_s):
+            try:
+                self.refresh()
+                pause_s = POLL_INTERVAL_S
+            except Exception as error:  # a mistake of ours: without this thread the lease would end and nobody know why
+                logger.exception("event=plan_follower_failed")
+                self.error = f"{type(error).__name__}: {error}"
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
     def _note(self, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"
@@ -125,6 +134,11 @@ class PlanFollower:
         """Return what is in force after an answer: the same object as before when there is nothing new."""
         said = _read(answer)
         plan, lease = TrafficPlan.from_json(said.plan), self._lease(before, said.lease)
+        if before is not None and plan.number < before.local.plan.number:  # a rollback too is a plan with a higher number
+            raise IntegrityError(
+                f"the endpoint told of plan {plan.number}, {before.local.plan.number} is in force: the replica that answered "
+                "lags behind; if the registry was put back to an earlier state, make a new client"
+            )
         if before is not None and plan == before.local.plan:
             return before if lease is before.lease else InForce(said.policy, before.local, lease)
         return InForce(said.policy, self._load(plan, said.versions), lease)

@@ -237,9 +237,11 @@ def test_limits_of_real_actions_leave_the_right_share_to_the_next_step(squash: A
     within = distribution.probability_within(np.array([-0.25]), np.array([0.5]), parameters_P)
     assert abs(len(replaced) / 6_000 - (1 - within)) < 4 * math.sqrt(within * (1 - within) / 6_000)
     assert all(-0.25 <= a.action[0] <= 0.5 for a in answers)
-    # The fixed action has the mass of all that was replaced, and the density of the version that could have drawn it too.
-    density = distribution.propensity([0.0], parameters_P, "sample")
-    assert {round(a.propensity, 12) for a in replaced} == {round(1 - within + density, 12)}
+    # The fixed action is sent with the probability of all that was replaced; that the version could draw it too has none.
+    assert {round(a.propensity, 12) for a in replaced} == {round(1 - within, 12)}
+    drawn = [a for a in answers if a.rung == "arm"]
+    densities = [distribution.propensity(a.action, parameters_P, "sample") for a in drawn]
+    assert [a.propensity for a in drawn] == pytest.approx(densities, rel=1e-12)
 
 
 def test_a_shield_whose_probabilities_nobody_could_say_is_refused() -> None:

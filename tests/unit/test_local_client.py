@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from policies.distributions import Propensity
 from policies.errors import (
     ClusterError,
     IntegrityError,
@@ -292,6 +294,40 @@ def test_a_new_plan_comes_into_force_as_a_whole(storage: Storage, replica: Direc
     assert all(d.digest == Registry(storage.registry(NAME)).state().version(d.version).digest for d in logged(storage))
 
 
+def test_a_replica_that_lags_behind_does_not_bring_an_older_plan_back(
+    storage: Storage, replica: DirectReplica, client: LocalClient
+) -> None:
+    publish(storage, random_policy(2))
+    release(storage, 2, weights=(0.5, 1.0))
+    before = replica.replica._variants.snapshot
+    replica.refresh()
+    newest = replica.replica._variants.snapshot
+    until(lambda: client.status().plan == newest.plan.number)
+    replica.replica._variants.snapshot = before  # what another replica, which has not looked yet, would tell
+    until(lambda: client.status().plan_error)
+    assert f"told of plan {before.plan.number}, {newest.plan.number} is in force" in client.status().plan_error
+    assert client.status().plan == newest.plan.number and set(client.status().versions) == {1, 2}
+    # A rollback brings the same arms back, in a plan with a higher number: that one is taken.
+    Registry(storage.registry(NAME)).append(lambda state: change_release(state, "rollback", reason="worse"), now=2000.0)
+    replica.refresh()
+    assert replica.replica._variants.snapshot.plan.number > newest.plan.number
+    until(lambda: set(client.status().versions) == {1} and client.status().plan_error is None)
+
+
+def test_an_error_that_nobody_foresaw_is_told_and_does_not_end_the_following(
+    storage: Storage, replica: DirectReplica, client: LocalClient, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(plan_follower.PlanFollower, "_take", lambda self, *args: {}["nobody knew"])
+        until(lambda: client.status().plan_error)
+    assert client.status().plan_error == "KeyError: 'nobody knew'" and "event=plan_follower_failed" in caplog.text
+    assert client.decide([0.0] * 4)["version"] == 1
+    publish(storage, random_policy(2))
+    release(storage, 2, weights=(0.5, 1.0))
+    replica.refresh()
+    until(lambda: set(client.status().versions) == {1, 2} and client.status().plan_error is None)
+
+
 def test_a_new_version_that_does_not_verify_leaves_the_last_plan_in_force(
     storage: Storage, replica: DirectReplica, client: LocalClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,6 +525,33 @@ def test_wrong_records_are_refused_alone(endpoint: Endpoint) -> None:
     assert (log.counts().sent, log.counts().refused) == (38, 2)
 
 
+def test_what_json_cannot_say_is_refused_alone_and_what_nobody_foresaw_is_tried_again(endpoint: Endpoint, caplog) -> None:
+    log, send = log_of(endpoint), endpoint.send
+    calls = []
+
+    def broken_once(call: Call, timeout_s: float) -> None:
+        calls.append(call)
+        if len(calls) == 1:
+            raise KeyError("nobody knew")
+        send(call, timeout_s)
+
+    log._send = broken_once
+    for item in (record(1), msgspec.structs.replace(record(2), unit_id="\ud800"), record(3), Report("\udfff", 1.0)):
+        log.add(item)
+    log.close(5.0)
+    assert endpoint.arrived() == ["r1.l.t", "r3.l.t"] and "event=local_log_failed" in caplog.text
+    assert (log.counts().sent, log.counts().refused, log.counts().buffered) == (2, 2, 0)
+    assert caplog.text.count("event=local_record_refused") == 2
+
+
+def test_a_name_that_is_no_text_is_refused_before_anything_is_decided(client: LocalClient) -> None:
+    for name in ("unit_id", "episode_id"):
+        with pytest.raises(RequestInvalid, match=f"{name} is .* no Unicode text"):
+            client.decide([0.0] * 4, **{name: "u\ud800"})
+        client.decide([0.0] * 4, **{name: "Jürgen 🙂"})
+    assert until(lambda: sent(client)) and client.status().log.sent == 2
+
+
 def test_requests_stay_below_what_the_endpoint_takes(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_log, "MAX_BYTES", 1000)
     sizes: list[int] = []
@@ -563,7 +626,7 @@ def test_arms_of_weight_nothing_and_shadows_are_not_asked() -> None:
             return 0, 0.5
 
         def propensity(self, action, distribution, mode):
-            return 0.5
+            return Propensity(0.5)
 
     spaces = random_policy(1).spaces
     versions = {n: LocalVersion(n, "d", "sample", spaces, Row(n)) for n in (1, 2, 3)}

@@ -14,13 +14,13 @@ from policies.distributions import seed_of
 from policies.integrity import sha256_hex
 from policies.log_reader import LogTail
 from policies.records import Decision
-from policies.registry import Registry
+from policies.registry import Registry, change_release
 from policies.sealing import seal
 from policies.storage import Storage, open_storage
 from policies.traffic import TrafficPlan
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import LEASE_S, DecisionIds, Lease
-from serve_app.local_decisions import MAX_CLOCK_SKEW_S, MAX_DECISIONS, MAX_INT
+from serve_app.local_decisions import MAX_CLOCK_SKEW_S, MAX_DECISIONS
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release, spoil
 
@@ -177,7 +177,7 @@ def nested(levels: int) -> list[Any]:
 def test_what_is_accepted_can_be_sealed(storage: Storage) -> None:
     """The largest that is taken; one more is among the lies below, and made the whole segment unreadable."""
     replica = replica_of(storage)
-    largest = decision(storage, release=MAX_INT, arm="holdout", observation=nested(64), action={"a": nested(63)})
+    largest = decision(storage, observation=nested(64), action={"a": nested(63)})
     assert ask(storage, replica, "POST", "/v1/decisions", {"decisions": [largest]}).status == 200
     asyncio.run(replica._stop())
     [segment] = storage.decisions(NAME).glob("*.jsonl")
@@ -209,9 +209,12 @@ LIES = {
     "an arm of the client's choice": (lambda s: {"assigned": "request"}, 422, "rung, shield"),
     "a fallback without a reason": (lambda s: {"rung": "champion"}, 422, "rung, shield"),
     "a plan to come": (lambda s: {"plan": 99}, 503, "this replica is at plan 2"),
-    "a plan before all": (lambda s: {"plan": -(10**30)}, 422, "plan and release are -1000"),
-    "a release that no column holds": (lambda s: {"release": 2**63}, 422, "plan and release are 2 and 9223372036854775808"),
-    "an arm that no plan has": (lambda s: {"arm": "x" * 300}, 422, "arm is 'xxx"),
+    "a plan before all": (lambda s: {"plan": -(10**30)}, 422, "plan -1000000"),
+    "a release that no column holds": (lambda s: {"release": 2**63}, 422, "plan 2 is of release 0"),
+    "an arm that no plan has": (lambda s: {"arm": "x" * 300}, 422, "is not that of arm 'xxx"),
+    "an arm of another plan": (lambda s: {"arm": "canary"}, 422, "version 1 is not that of arm 'canary' in plan 2"),
+    "a number that is no plan's": (lambda s: {"plan": 1}, 422, "plan 1 is no plan"),
+    "a release that was never begun": (lambda s: {"release": 1}, 422, "plan 2 is of release 0"),
     "an observation nested too deeply to be read again": (lambda s: {"observation": nested(900)}, 422, "more than 64 levels"),
     "an action nested too deeply": (lambda s: {"action": {"a": nested(64)}}, 422, "more than 64 levels"),
     "an unknown key": (lambda s: {"seeds": [1], "seed": "x"}, 422, "Expected `int`"),
@@ -238,9 +241,36 @@ def test_a_decision_made_before_the_endpoint_went_away_is_taken_later(storage: S
 
 def test_a_replica_takes_decisions_of_versions_that_it_never_answered_with(storage: Storage) -> None:
     replica = replica_of(storage)
-    publish(storage, random_policy(2))  # of a plan that was in force before this replica began
-    record = decision(storage, version=2, digest=digest_of(storage, 2))
-    assert ask(storage, replica, "POST", "/v1/decisions", {"decisions": [record]}).status == 200
+    past = replica._variants.snapshot.plan.number  # of the plans that were in force before this replica began
+    publish(storage, random_policy(2))
+    release(storage, 2, weights=(0.5, 1.0))
+    plan = Registry(storage.registry(NAME)).state().plan
+    assert plan.number > past
+    Registry(storage.registry(NAME)).append(lambda state: change_release(state, "rollback", reason="worse"), now=2000.0)
+    replica._variants.refresh(now=1e9)
+    assert set(replica._variants.snapshot.variants) == {1}
+    canarys = {"arm": "canary", "version": 2, "digest": digest_of(storage, 2), "plan": plan.number, "release": 1}
+    assert ask(storage, replica, "POST", "/v1/decisions", {"decisions": [decision(storage, **canarys)]}).status == 200
+    # A canary that failed was answered for by the champion, and by nobody else.
+    stood_in = {**canarys, "rung": "champion", "fallback": "version 2 gave NaN"}
+    champions = {"version": 1, "digest": digest_of(storage, 1)}
+    assert (
+        ask(storage, replica, "POST", "/v1/decisions", {"decisions": [decision(storage, **stood_in | champions)]}).status == 200
+    )
+    for wrong in (stood_in, canarys | champions, canarys | {"arm": "champion"}, canarys | {"plan": past, "release": 0}):
+        reply = ask(storage, replica, "POST", "/v1/decisions", {"decisions": [decision(storage, **wrong)]})
+        assert reply.status == 422 and "is not that of arm" in reply.error
+
+
+def test_while_the_registry_cannot_be_read_nothing_is_judged(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = replica_of(storage)
+
+    def unreadable() -> None:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(replica.api._local._registry, "state", unreadable)
+    reply = ask(storage, replica, "POST", "/v1/decisions", {"decisions": [decision(storage)]})
+    assert reply.status == 503 and "stale file handle" in reply.error and not logged(storage)
 
 
 def test_the_number_of_decisions_in_a_request_is_bounded(storage: Storage) -> None:

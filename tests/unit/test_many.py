@@ -290,6 +290,61 @@ def test_repetitions_are_found_by_each_name_however_it_is_asked_for(storage: Sto
     assert sorted(d.decision_id.partition(".")[0] for d in logged(storage)) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("durability", ["write", "fsync"])
+def test_what_the_disk_did_not_take_is_told_again_from_memory_and_then_from_the_log(
+    storage: Storage, durability: str, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(storage, random_policy(2))
+    release(storage, 2, weights=(1.0,))
+    replica = replica_of(storage, durability=durability, on_log_failure="answer")
+    log = replica._decisions
+    ours = {"observations": observations(3)} if many else {"observation": [0.1, 0, 0, 0]}
+    body, other = {**ours, "request_id": "r"}, {"observation": [0.3, 0, 0, 0], "request_id": "other"}
+
+    def full(lines: bytes) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log._writer, "append", full)
+        [first, _] = ask(storage, replica, body, other)
+        assert first.status == 200 and log.status()["num_buffered"] == (4 if many else 2)
+        change(storage, "rollback")  # the new plan's champion would answer something else
+        replica._variants.refresh(now=3.0)
+        again, conflict = ask(storage, replica, body, {**body, "unit_id": "x"})
+        assert again.json() == first.json() and log.status()["num_unlogged"] == (4 if many else 2)
+        assert conflict.status == 409 if not many else conflict.json()["decisions"][0]["error"]["status"] == 409
+        # Negative control: without a look at what is kept it is decided again.
+        patched.setattr(replica._ingress._recall, "_kept", {})
+        assert ask(storage, replica, body)[0].json() != first.json()
+        log._kept.pop()
+
+    async def back() -> None:
+        log.retry()
+        await asyncio.sleep(0.1 if durability == "fsync" else 0)
+
+    log._tried_s -= 10
+    asyncio.run(back())
+    [later] = ask(storage, replica, body)
+    assert later.json() == first.json() and replica._ingress._recall._kept == {}
+    assert len(logged(storage)) == (4 if many else 2)
+
+
+def test_what_was_dropped_is_not_remembered(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = replica_of(storage, on_log_failure="answer")
+    monkeypatch.setattr(replica._decisions, "_buffer_bytes", 700)  # of one line and a half
+
+    def full(lines: bytes) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(replica._decisions._writer, "append", full)
+    for name in ("kept", "dropped"):
+        ask(storage, replica, {"observation": [0.1, 0, 0, 0], "request_id": name})
+    status = replica._decisions.status()
+    assert (status["num_buffered"], status["num_dropped"]) == (1, 1)
+    assert [name.partition(".")[0] for name in replica._ingress._recall._kept] == ["kept"]
+
+
 def test_what_is_being_flushed_is_waited_for_and_decided_anew_only_if_that_fails(storage: Storage) -> None:
     """A repetition comes while the first try waits for its fsync, and the plan has changed in between."""
     publish(storage, random_policy(2))

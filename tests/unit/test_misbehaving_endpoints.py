@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import requests
 import urllib3
 
 from policies.errors import ClusterError, Overloaded, RequestInvalid, TrimtabError, Unauthorized
@@ -79,6 +80,8 @@ NEVER = {
     "says nothing": lambda exchange: exchange.say_nothing(),
     "stops in the middle": lambda exchange: (exchange.half(), exchange.say_nothing()),
     "drips": lambda exchange: exchange.drip(),
+    "drips headers": lambda exchange: exchange.drip_headers(),
+    "drips the size of a chunk": lambda exchange: exchange.drip_chunk(),
     "always busy": lambda exchange: exchange.refuse(503),
     "always killed": killed,
 }
@@ -95,10 +98,13 @@ def test_an_endpoint_that_never_answers_is_given_up_at_the_deadline(ask: Ask, tr
     assert server.posts
 
 
-def test_a_limit_for_each_piece_alone_would_never_end_against_one_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trouble", [name for name in NEVER if name.startswith("drips")])
+def test_a_limit_for_each_piece_alone_would_never_end_against_one_that_drips(
+    trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Negative control: what `requests` does by itself; after 2 s it still reads, with a limit of 0.4 s."""
-    monkeypatch.setattr("trimtab.client._body_of", lambda response, deadline_s: response.content)
-    with serving(NEVER["drips"]) as server:
+    monkeypatch.setattr("trimtab.client.timely_session", requests.Session)
+    with serving(NEVER[trouble]) as server:
 
         def ask() -> None:
             with pytest.raises(Exception):  # noqa: B017 - only that it comes, and when

@@ -36,7 +36,7 @@ def test_one_row_has_the_bits_of_the_batch(hidden, num_features: int, num_action
             action, propensity = policy.distribution.choose(expected_A, mode, seed)
             assert row.choose(found, mode, seed) == (action, propensity)
             for other in {action, 5, 5 + num_actions - 1}:
-                assert row.propensity(other, found, mode) == policy.distribution.propensity(other, expected_A, mode)
+                assert row.propensity(other, found, mode).value == policy.distribution.propensity(other, expected_A, mode)
 
 
 def test_a_product_of_one_row_would_have_other_bits() -> None:
@@ -100,4 +100,4 @@ def test_whatever_else_a_policy_is_its_rows_are_those_of_a_batch_too(kind: str) 
         assert (found_P == expected_P).all()
         action, propensity = row.choose(found_P, "sample", 1 << 50)
         assert (action, propensity) == policy.distribution.choose(expected_P, "sample", 1 << 50)
-        assert row.propensity(action, found_P, "sample") == policy.distribution.propensity(action, expected_P, "sample")
+        assert row.propensity(action, found_P, "sample").value == policy.distribution.propensity(action, expected_P, "sample")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +32,9 @@ def storage(tmp_path: Path) -> Storage:
 
 
 @contextmanager
-def client_of(storage: Storage) -> Iterator[tuple[triton.InferenceServerClient, dict[str, str], str]]:
+def client_of(storage: Storage, **config: Any) -> Iterator[tuple[triton.InferenceServerClient, dict[str, str], str]]:
     """Yield Triton's client of a replica, the headers with its key, and its address."""
-    with direct_replica(storage) as replica:
+    with direct_replica(storage, **config) as replica:
         client = triton.InferenceServerClient(replica.url.removeprefix("http://"), connection_timeout=10, network_timeout=10)
         yield client, {"Authorization": f"Bearer {replica.key}"}, replica.url
         client.close()
@@ -102,6 +103,7 @@ def test_one_decision_has_its_name_and_propensity_in_the_parameters(storage: Sto
         "arm": "champion",
         "propensity": decision.propensity,
         "fallback": "",
+        "repair": "",
     }
     assert decision.unit_id == "u-7"
 
@@ -249,6 +251,18 @@ MALFORMED: dict[str, tuple[bytes, str | None, str]] = {
         None,
         "the first size is how many, 1 to 4096",
     ),
+    "units that are no texts at all": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]},'
+        b'{"name":"unit_id","shape":[1,0],"datatype":"BYTES","data":[]}]}',
+        None,
+        "input 'unit_id' has shape [1, 0], expected [1] or [1, 1]",
+    ),
+    "two episodes for one row": (
+        b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]},'
+        b'{"name":"episode_id","shape":[1,2],"datatype":"BYTES","data":["a","b"]}]}',
+        None,
+        "input 'episode_id' has shape [1, 2], expected [1] or [1, 1]",
+    ),
     "an output that is none": (
         b'{"inputs":[{"name":"observation","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}],"outputs":[{"name":"y"}]}',
         None,
@@ -270,6 +284,45 @@ def test_what_is_no_inference_request_is_refused_in_the_protocols_way(storage: S
         reply = requests.post(f"{url}/v2/models/{NAME}/infer", body, headers={**headers, **extra}, timeout=10)
     assert 400 <= reply.status_code < 500
     assert isinstance(reply.json()["error"], str) and message in reply.json()["error"]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("kind", ["FP32", "FP64"])
+@pytest.mark.parametrize("binary", [True, False])
+def test_tensors_are_mended_as_observations_in_json_are(storage: Storage, kind: str, binary: bool) -> None:
+    """Both ways in: FP32 as an array, anything else row by row. NaN stands for the null that a tensor does not have."""
+    obs = [[9.0, 0, 0, 0], [-9.0, NAN if binary else 1.0, 0, 0], [0.5, 1.0, 0, 0]]
+    tensor = triton.InferInput("observation", [3, 4], kind)
+    tensor.set_data_from_numpy(np.array(obs, np.float32 if kind == "FP32" else np.float64), binary_data=binary)
+    with client_of(storage, fallback={"repair": ["clip", "missing"], "fill": 0.25}) as (client, headers, url):
+        answer = client.infer(NAME, [tensor], headers={**headers}, request_id="r")  # it writes into them
+        told = [text if isinstance(text, str) else text.decode() for text in answer.as_numpy("repair").tolist()]
+        again = client.infer(NAME, [tensor], headers={**headers}, request_id="r")
+        json = {"observations": [[None if number != number else number for number in row] for row in obs]}
+        decided = requests.post(f"{url}/v1/decide", json=json, headers=headers, timeout=10).json()["decisions"]
+    decisions, bound = logged(storage), float(np.float32(4.8))
+    assert told == [decision.repair or "" for decision in decisions[:3]] == [row.get("repair") or "" for row in decided]
+    assert told[0] == "observation[0] = 9.0 was cut to 4.8" and told[2] == ""
+    mended = [[bound, 0, 0, 0], [-bound, 0.25 if binary else 1.0, 0, 0], [0.5, 1, 0, 0]]
+    assert [d.observation for d in decisions[:3]] == mended == [d.observation for d in decisions[3:]]
+    assert again.as_numpy("decision_id").tolist() == answer.as_numpy("decision_id").tolist() and len(decisions) == 6
+    policy = Registry(storage.registry(NAME)).bundle(1).policy
+    for decision in decisions:
+        parameters_P = policy.distributions(np.array([decision.observation], np.float32))[0]
+        assert policy.distribution.choose(parameters_P, "sample", decision.seed) == (decision.action, decision.propensity)
+
+
+@pytest.mark.parametrize("kind", ["FP32", "FP64"])
+def test_without_the_repair_a_tensor_stays_as_it_is_and_nan_is_never_a_bound(storage: Storage, kind: str) -> None:
+    tensor = triton.InferInput("observation", [1, 4], kind)
+    for config, number in (({}, 9.0), ({}, NAN), ({"repair": ["clip"]}, NAN), ({"repair": ["missing"]}, INF)):
+        tensor.set_data_from_numpy(np.array([[number, 0, 0, 0]], np.float32 if kind == "FP32" else np.float64))
+        refused = pytest.raises(InferenceServerException, match=r"observation\[0\] = .* is outside")
+        with client_of(storage, fallback=config) as (client, headers, _), refused:
+            client.infer(NAME, [tensor], headers=headers)
+    assert logged(storage) == []
 
 
 def test_a_dict_of_parts_is_one_input_per_part_with_a_mask(tmp_path: Path) -> None:
