@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections import deque
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import httptools
 
@@ -37,6 +37,16 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".en
 _OK_JSON = _STATUS_LINES[200] + b"content-type: application/json\r\ncontent-length: "
 
 
+class Held(Protocol):
+    """An open connection, as far as the lane is concerned: it counts, is closed when it is slow, and ends with the lane."""
+
+    def close_if_slow(self, now_s: float) -> None: ...
+
+    def close_when_answered(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
 class DirectLane:
     """A listening socket and its connections. `start` returns the port, `stop` closes everything."""
 
@@ -44,7 +54,7 @@ class DirectLane:
         self.api = api
         self.ingress = ingress
         self.max_body_bytes = max_body_bytes
-        self.connections: set[Connection] = set()
+        self.connections: set[Held] = set()  # also those that came by another port (`serve_app.front`)
         self.port: int | None = None
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
@@ -58,9 +68,13 @@ class DirectLane:
         return self.port
 
     def start_sweeping(self) -> None:
-        """Close slow connections from now on, also those that came by another port (`serve_app.front`)."""
+        """Close slow connections from now on."""
         if self._sweep is None:
             self._close_the_slow(asyncio.get_running_loop())
+
+    def is_full(self, *, num_reserved: int = 0) -> bool:
+        """Say whether as many connections are open as may be, and `num_reserved` more."""
+        return len(self.connections) >= MAX_CONNECTIONS + num_reserved
 
     async def stop(self) -> None:
         if self._server is not None:
@@ -118,7 +132,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
-        if len(self._lane.connections) >= MAX_CONNECTIONS:
+        if self._lane.is_full():
             full = ServiceUnavailable(f"{MAX_CONNECTIONS} connections are open, the limit; try again in a moment")
             self._refuse(self._lane.api.failure_response(full, ""))
         self._lane.connections.add(self)
