@@ -7,6 +7,7 @@ httptools callbacks on the replica's event loop. What arrives within one turn of
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -124,6 +125,7 @@ class Connection(asyncio.Protocol):
         self._closing_since_s: float | None = None
         self._is_paused = False
         self._is_unread = False  # the client does not read its answers
+        self._when_read: list[Callable[[], None]] = []
         self._since_s: float | None = None  # the first byte of a request that is not whole yet
         self._idle_since_s = loop.time()
         self._begin()
@@ -201,6 +203,7 @@ class Connection(asyncio.Protocol):
         self._waiting.clear()
         self._unparsed = _NOTHING
         self._lane.connections.discard(self)
+        self._note_read()
 
     def pause_writing(self) -> None:
         self._is_unread = True
@@ -208,6 +211,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_unread = False
+        self._note_read()
         self._answer_next()
         self._pause_or_resume()
 
@@ -333,10 +337,14 @@ class Connection(asyncio.Protocol):
         self._send(response, received)
 
     def _send(self, response: Response, received: Received) -> None:
+        if response.left is not None:
+            self._when_read.append(response.left)
         if self._transport.is_closing():
-            return
+            return self._note_read()
         closes = self._is_stopping or not received.keeps_open or (b"connection", b"close") in response.headers
         self._write(response, closes=closes, has_body=received.method != "HEAD")
+        if self._when_read and not self._is_unread:
+            self._note_read()
         if closes:
             self._waiting.clear()
             return self._close()
@@ -346,6 +354,11 @@ class Connection(asyncio.Protocol):
             self._answer_next()
         if self._is_paused:
             self._pause_or_resume()
+
+    def _note_read(self) -> None:
+        when_read, self._when_read = self._when_read, []
+        for left in when_read:
+            left()
 
     def _write(self, response: Response, *, closes: bool, has_body: bool = True) -> None:
         body = response.body

@@ -17,7 +17,7 @@ import pytest
 from policies.log_reader import LogTail
 from policies.records import Decision
 from policies.storage import Storage, open_storage
-from serve_app import direct
+from serve_app import direct, local_decisions
 from serve_app.asgi import Response
 from serve_app.config import ServingConfig
 from serve_app.http_api import Route
@@ -468,6 +468,49 @@ def test_answers_that_nobody_reads_are_not_made_without_end(storage: Storage) ->
 
     num_held_bytes, num_read = run(storage, scenario)
     assert num_held_bytes < 2 * len(page) and num_read == num_requests
+
+
+def test_bundle_files_that_nobody_reads_are_not_collected_in_memory(tmp_path: Path) -> None:
+    """Four wait for their clients; the next is asked to come again, until one was read or its client went away."""
+    storage = open_storage(tmp_path / "storage")
+    publish(storage, random_policy(1, hidden=(2000, 2000)))  # 16 MB: more than sockets take in
+
+    async def scenario(replica: PolicyReplica, port: int) -> None:
+        digest = replica._variants.snapshot.champion.digest
+        head = f"GET /v1/bundles/{digest}/policy.safetensors HTTP/1.1\r\nauthorization: Bearer {key_of(storage)}\r\n\r\n"
+
+        def connect() -> socket.socket:
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            client.connect(("127.0.0.1", port))
+            client.sendall(head.encode())
+            return client
+
+        clients = [await asyncio.to_thread(connect) for _ in range(local_decisions.MAX_FILES)]
+        while sum(connection._is_unread for connection in replica._direct.connections) < len(clients):
+            await asyncio.sleep(0.01)
+        ((status, headers, document),), _ = await exchange(port, head.encode(), num_answers=1)
+        assert status == 429 and headers["retry-after"] == "1" and "bundle files" in document["error"]["message"]
+        assert (await exchange(port, raw_request(storage, {"observation": OBSERVATION}), num_answers=1))[0][0][0] == 200
+        clients[0].close()
+        await files_are(replica, 3)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode())
+        answer = await reader.readuntil(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200")
+        await reader.readexactly(int(answer.partition(b"content-length: ")[2].split(b"\r\n")[0]))
+        await files_are(replica, 3)
+        for client in (*clients, writer):
+            client.close()
+        await files_are(replica, 0)
+
+    run(storage, scenario)
+
+
+async def files_are(replica: PolicyReplica, number: int) -> None:
+    async with asyncio.timeout(10):
+        while replica.api._local._num_files != number:
+            await asyncio.sleep(0.01)
 
 
 def test_connections_beyond_the_limit_are_told_so(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
