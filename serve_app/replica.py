@@ -70,7 +70,7 @@ class PolicyReplica:
             policy,
             ingress=self._ingress,
             feedback=FeedbackIntake(decision_ids=decision_ids, log=self._feedback, config=settings),
-            status=StatusView(policy, self._variants, self._monitor.status),
+            status=StatusView(policy, self._variants, self._monitor.status, self.report),
             variants=self._variants,
             keys=self._keys,
             counters=self._counters,
