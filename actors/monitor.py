@@ -23,7 +23,7 @@ from policies.records import Decision, Feedback, Override, Shadow
 from policies.registry import Registry, RegistryState, Release
 from policies.release import ArmEvidence, ReleaseConfig, ReleaseEvidence, alpha_per_sequence, judge
 from policies.storage import existing_storage
-from policies.telemetry import ReplicaReport
+from policies.telemetry import ReplicaReport, replica_row
 from policies.traffic import Arm
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ class Monitor:
                 "waiting": self._joiner.num_waiting,
             },
             "overrides": {name: counts[name] for name in ("overridden", "override_late", "override_unknown")},
-            "replicas": [_replica_status(report, now - came_at) for came_at, report in replicas],
+            "replicas": [replica_row(report, now - came_at) for came_at, report in replicas],
             "responses": _string_keys(_sum([self._older_responses, *self._responses.values()])),
             "monitor": {
                 "started_at": self._started_at,
@@ -336,11 +336,6 @@ class Monitor:
             "weight": arm.weight if arm else 0.0,
             **self._traffic_of(account, version).summary(now),
         }
-
-
-def _replica_status(report: ReplicaReport, age_s: float) -> dict[str, Any]:
-    document = msgspec.to_builtins(report, str_keys=True)
-    return {"age_s": age_s, **{name: value for name, value in document.items() if name not in ("time_s", "started_at_s")}}
 
 
 def _sum(totals: list[dict[int, int]]) -> dict[int, int]:

@@ -42,3 +42,9 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     shadows: dict[str, int] = {}  # decisions that shadows were asked about, left out of, and not logged for
     engines: dict[int, str] = {}  # what computes each version in memory: numpy, or a package and its version
     log: dict[str, Any] = {}  # `DecisionLog.status`: whether what it decides is written down
+
+
+def replica_row(report: ReplicaReport, age_s: float) -> dict[str, Any]:
+    """Return how the status document shows a report of that age; keys are texts, as JSON wants them."""
+    document = msgspec.to_builtins(report, str_keys=True)
+    return {"age_s": age_s, **{name: value for name, value in document.items() if name not in ("time_s", "started_at_s")}}

@@ -14,7 +14,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 # a timer on every request would cost more than parsing it.
 BODY_TIMEOUT_S = 10.0
 
-JSON = b"application/json"
+JSON, BYTES = b"application/json", b"application/octet-stream"
 
 
 class ClientGone(Exception):
@@ -66,19 +66,24 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """One HTTP answer."""
+    """One HTTP answer. `left` is called once it is out of this process's memory, or nobody is there to take it."""
 
     status: int
     body: bytes
     content_type: bytes = JSON
     headers: Sequence[tuple[bytes, bytes]] = ()
+    left: Callable[[], None] | None = None
 
     async def send(self, send: Send) -> None:
         """Send status, headers and body."""
         length = b"%d" % len(self.body)
         headers = [(b"content-type", self.content_type), (b"content-length", length), *self.headers]
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": self.body})
+        try:
+            await send({"type": "http.response.start", "status": self.status, "headers": headers})
+            await send({"type": "http.response.body", "body": self.body})
+        finally:
+            if self.left is not None:
+                self.left()
 
 
 def require_plain(content_encoding: bytes | None) -> None:

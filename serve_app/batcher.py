@@ -1,9 +1,10 @@
 """Answer what has arrived as one batch: at once when idle, and all that came meanwhile when busy."""
 
 import asyncio
+import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 from policies.errors import Overloaded
@@ -15,6 +16,8 @@ Deliver = Callable[[Any], None]  # takes a result or an exception
 # A queue of any fixed length is too long for a slow policy or a busy machine; a batch that takes long by itself is no queue,
 # and neither is what the next batch takes: the machine may only have been busy elsewhere for a moment.
 MAX_WAIT_S, MAX_WAIT_BATCHES = 0.03, 2.0
+
+logger = logging.getLogger(__name__)
 
 
 class Batcher(Generic[Item]):
@@ -93,8 +96,7 @@ class Batcher(Generic[Item]):
         try:
             self._handle(items, delivers)
         except Exception as error:
-            for deliver in delivers:
-                deliver(error)
+            deliver_each([error] * len(delivers), delivers)
         self._last_batch_s = self._now_s() - began_s
 
     def _take(self) -> tuple[list[Item], list[Deliver]]:
@@ -106,6 +108,15 @@ class Batcher(Generic[Item]):
             size += num_rows
         self._num_rows -= size
         return items, delivers
+
+
+def deliver_each(results: Iterable[Any], delivers: Iterable[Deliver]) -> None:
+    """Deliver each result; a connection that breaks in this moment takes no other with it."""
+    for result, deliver in zip(results, delivers):
+        try:
+            deliver(result)
+        except Exception:
+            logger.exception("event=answer_not_delivered")
 
 
 def _settle(future: "asyncio.Future[Any]", result: Any) -> None:

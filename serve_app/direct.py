@@ -7,12 +7,13 @@ httptools callbacks on the replica's event loop. What arrives within one turn of
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import httptools
 
-from policies.errors import Overloaded, RequestInvalid, RequestRefused
+from policies.errors import Overloaded, RequestInvalid, RequestRefused, ServiceUnavailable
 from serve_app.asgi import JSON, Request, Response, require_plain, too_large
 from serve_app.http_api import HttpApi, error_response
 from serve_app.ingress import ARM_HEADER, Ingress, num_rows_of
@@ -23,6 +24,7 @@ from serve_app.wire import encode
 MAX_HEADER_BYTES = 32 << 10
 MAX_CONNECTIONS = 4096
 MAX_PIPELINED = 64  # requests of one connection that wait for their turn; then it is not read from any more
+PARSE_BYTES = 8 << 10  # at once: one read brings up to 256 kB, of 18 bytes a request; what is not parsed costs its bytes only
 REQUEST_TIMEOUT_S = 10.0  # for a request to arrive whole, once its first byte has
 IDLE_TIMEOUT_S = 75.0
 CLOSE_TIMEOUT_S = 2.0  # for a client to read its last answers
@@ -31,8 +33,19 @@ SWEEP_INTERVAL_S = 1.0
 # connections that did so 73 % were refused, and goodput was 28 % of the peak; held it is 83 %. Shorter than our Retry-After.
 HOLD_REFUSAL_S = 0.5
 
+_NOTHING = memoryview(b"")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _OK_JSON = _STATUS_LINES[200] + b"content-type: application/json\r\ncontent-length: "
+
+
+class Held(Protocol):
+    """An open connection, as far as the lane is concerned: it counts, is closed when it is slow, and ends with the lane."""
+
+    def close_if_slow(self, now_s: float) -> None: ...
+
+    def close_when_answered(self) -> None: ...
+
+    def abort(self) -> None: ...
 
 
 class DirectLane:
@@ -42,7 +55,7 @@ class DirectLane:
         self.api = api
         self.ingress = ingress
         self.max_body_bytes = max_body_bytes
-        self.connections: set[Connection] = set()
+        self.connections: set[Held] = set()  # also those that came by another port (`serve_app.front`)
         self.port: int | None = None
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
@@ -56,9 +69,13 @@ class DirectLane:
         return self.port
 
     def start_sweeping(self) -> None:
-        """Close slow connections from now on, also those that came by another port (`serve_app.front`)."""
+        """Close slow connections from now on."""
         if self._sweep is None:
             self._close_the_slow(asyncio.get_running_loop())
+
+    def is_full(self, *, num_reserved: int = 0) -> bool:
+        """Say whether as many connections are open as may be, and `num_reserved` more."""
+        return len(self.connections) >= MAX_CONNECTIONS + num_reserved
 
     async def stop(self) -> None:
         if self._server is not None:
@@ -97,6 +114,8 @@ class Connection(asyncio.Protocol):
         self._last: Received | None = None
         self._num_completed = 0
         self._waiting: deque[Received | Response] = deque()  # a Response is a refusal: the last there is on this connection
+        self._unparsed = _NOTHING  # came together with more requests than may wait
+        self._is_parsing = False
         self._is_answering = False
         self._is_taking = False
         self._is_refused = False
@@ -106,6 +125,7 @@ class Connection(asyncio.Protocol):
         self._closing_since_s: float | None = None
         self._is_paused = False
         self._is_unread = False  # the client does not read its answers
+        self._when_read: list[Callable[[], None]] = []
         self._since_s: float | None = None  # the first byte of a request that is not whole yet
         self._idle_since_s = loop.time()
         self._begin()
@@ -114,21 +134,40 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
-        if len(self._lane.connections) >= MAX_CONNECTIONS:
-            self._refuse(error_response(503, f"{MAX_CONNECTIONS} connections are open, the limit; try again in a moment"))
+        if self._lane.is_full():
+            full = ServiceUnavailable(f"{MAX_CONNECTIONS} connections are open, the limit; try again in a moment")
+            self._refuse(self._lane.api.failure_response(full, ""))
         self._lane.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
         known = self._known
-        if known is not None and len(data) == known.size and self._since_s is None and has_head(data, known):
+        is_next = self._since_s is None and not self._unparsed
+        if known is not None and len(data) == known.size and is_next and has_head(data, known):
             return self._receive_known(known, data)
         unfinished_since_s, num_completed = self._since_s, self._num_completed
+        self._unparsed = memoryview(self._unparsed.tobytes() + data if self._unparsed else data)
+        self._parse()
+        is_whole = unfinished_since_s is self._since_s is None and not (self._unparsed or self._is_refused)
+        if is_whole and self._num_completed == num_completed + 1:
+            self._learn_head(data)
+        self._last = None  # its body may be large, and the connection be kept for hours
+
+    def _parse(self) -> None:
+        """Parse what came, as far as requests may wait; the rest when they were answered."""
+        self._is_parsing = True
+        try:
+            while self._unparsed and not self._is_refused and len(self._waiting) < MAX_PIPELINED:
+                piece, self._unparsed = self._unparsed[:PARSE_BYTES], self._unparsed[PARSE_BYTES:]
+                self._parse_piece(piece)
+        finally:
+            self._is_parsing = False
+
+    def _parse_piece(self, data: memoryview) -> None:
+        unfinished_since_s = self._since_s
         try:
             self._parser.feed_data(data)
-            if unfinished_since_s is self._since_s is None and self._num_completed == num_completed + 1:
-                self._learn_head(data)
             if unfinished_since_s is not None and unfinished_since_s == self._since_s:
                 self._count_unfinished(len(data))
         except httptools.HttpParserUpgrade:
@@ -141,7 +180,6 @@ class Connection(asyncio.Protocol):
                 if is_ours
                 else error_response(400, f"this is not HTTP/1.1: {error}")
             )
-        self._last = None  # its body may be large, and the connection be kept for hours
 
     def _receive_known(self, known: KnownHead, data: bytes) -> None:
         method, path, headers, _, keeps_open, _, _, arm = known.received
@@ -163,7 +201,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._is_refused = True
         self._waiting.clear()
+        self._unparsed = _NOTHING
         self._lane.connections.discard(self)
+        self._note_read()
 
     def pause_writing(self) -> None:
         self._is_unread = True
@@ -171,6 +211,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_unread = False
+        self._note_read()
         self._answer_next()
         self._pause_or_resume()
 
@@ -187,7 +228,8 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_header_bytes(len(name) + len(value))
-        self._headers.append((name.lower(), value))
+        if self._is_in_head:  # a trailer comes behind the body: too late to say who asks, or for what
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """Refuse what will be refused before its body is read: a body is only read for who has the key."""
@@ -295,10 +337,14 @@ class Connection(asyncio.Protocol):
         self._send(response, received)
 
     def _send(self, response: Response, received: Received) -> None:
+        if response.left is not None:
+            self._when_read.append(response.left)
         if self._transport.is_closing():
-            return
+            return self._note_read()
         closes = self._is_stopping or not received.keeps_open or (b"connection", b"close") in response.headers
         self._write(response, closes=closes, has_body=received.method != "HEAD")
+        if self._when_read and not self._is_unread:
+            self._note_read()
         if closes:
             self._waiting.clear()
             return self._close()
@@ -308,6 +354,11 @@ class Connection(asyncio.Protocol):
             self._answer_next()
         if self._is_paused:
             self._pause_or_resume()
+
+    def _note_read(self) -> None:
+        when_read, self._when_read = self._when_read, []
+        for left in when_read:
+            left()
 
     def _write(self, response: Response, *, closes: bool, has_body: bool = True) -> None:
         body = response.body
@@ -323,6 +374,7 @@ class Connection(asyncio.Protocol):
         """Answer what is no request, after those before it, and close: where the next one would begin is not known."""
         self._is_refused = True
         self._since_s = None
+        self._unparsed = _NOTHING
         self._lane.api.counters.count_response(response.status)
         self._waiting.append(response)
         self._answer_next()
@@ -374,7 +426,10 @@ class Connection(asyncio.Protocol):
 
     def _pause_or_resume(self) -> None:
         """Read no more from a client that sends without waiting, or does not read its answers."""
-        pauses = self._is_unread or len(self._waiting) >= MAX_PIPELINED
+        if self._unparsed and not (self._is_parsing or self._must_wait() or self._transport.is_closing()):
+            self._parse()
+            self._last = None
+        pauses = self._must_wait()
         if pauses == self._is_paused or self._transport.is_closing():
             return
         self._is_paused = pauses
@@ -382,6 +437,9 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
+
+    def _must_wait(self) -> bool:
+        return self._is_unread or len(self._waiting) >= MAX_PIPELINED
 
 
 def _path_of(url: bytes) -> str:

@@ -24,7 +24,7 @@ RETRY_AFTER_S = 1
 PAGES = {"/dashboard": "index.html", "/dashboard/": "index.html", "/docs": "docs.html"}
 MODELS = "/v2/models/"
 DECISIONS, OVERRIDE = "/v1/decisions/", "/override"
-BUNDLES, BYTES = "/v1/bundles/", b"application/octet-stream"
+BUNDLES = "/v1/bundles/"
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class HttpApi:
 
     async def _send_bundle_file(self, request: Request, key: ApiKey | None) -> Response:
         digest, _, name = request.scope["path"].removeprefix(BUNDLES).partition("/")
-        return Response(200, await self._local.bundle_file(digest, name), BYTES)
+        return await self._local.bundle_file(digest, name)
 
     async def _accept_decisions(self, request: Request, key: ApiKey | None) -> Response:
         return Response(200, await self._local.accept(request))

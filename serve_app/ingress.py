@@ -1,15 +1,15 @@
 """How one request becomes one logged decision: key, body, batch, features, arm and action, log line, answer."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable, TrimtabError
 from policies.records import Decision
 from serve_app.asgi import Request
 from serve_app.asks import Ask, AskReader, ManyAsk
-from serve_app.batcher import Batcher, Deliver
+from serve_app.batcher import Batcher, Deliver, deliver_each
 from serve_app.config import ServingConfig
 from serve_app.deciding import Answer, Decider, Rows
 from serve_app.decision_ids import DecisionIds
@@ -34,8 +34,6 @@ from serve_app.variants import Snapshot, VariantStore
 from serve_app.wire import DecideManyAnswer, encode
 
 ARM_HEADER = b"x-trimtab-arm"  # with a key of scope operate: which arm is to answer, for testers
-
-logger = logging.getLogger(__name__)
 
 
 class Draft(NamedTuple):
@@ -77,6 +75,7 @@ class Ingress:
         self._wall_clock = wall_clock
         # Names of decisions whose lines are being flushed, and who asks for one of them again meanwhile.
         self._being_logged: dict[str, list[tuple[Ask | ManyAsk, Deliver]]] = {}
+        self._is_stopping = False
         # What shadows are asked about when this batch's answers have left.
         self._shown: list[tuple[Rows, list[Answer | ServiceUnavailable]]] = []
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
@@ -89,6 +88,13 @@ class Ingress:
         body = await request.body(self._max_body_bytes)
         ask = self.ask(body, key, started_s=started_s, arm=request.header(ARM_HEADER))
         return encode(await self.batcher.answer(ask, num_rows=num_rows_of(ask)))
+
+    def stop(self) -> None:
+        """Send whoever waits for another request's flush elsewhere, from now on at once: the flush may outlive this replica."""
+        self._is_stopping = True
+        for waiting in self._being_logged.values():
+            deliver_each([_stopping()] * len(waiting), [deliver for _, deliver in waiting])
+            waiting.clear()
 
     def ask(self, body: bytes, key: ApiKey, *, started_s: float, arm: bytes | None = None) -> Ask | ManyAsk:
         """Return what a body asks for; raises `RequestRefused`. A tester may name the `arm` that is to answer."""
@@ -126,8 +132,10 @@ class Ingress:
         drafts: dict[int, Draft] = {}
         repeated: list[tuple[Ask | ManyAsk, Deliver]] = []
         if any([ask.is_named for ask in asks]):
-            asks, delivers, repeated = self._without_repeated(asks, delivers)
-            drafts = self._from_the_log(asks, snapshot)
+            unreadable = self._catch_up()
+            find = cache(self._recall.find)  # however many repeat one request, its line is read once
+            asks, delivers, repeated = self._without_repeated(asks, delivers, find)
+            drafts = self._from_the_log(asks, snapshot, find, unreadable)
         for index, ask in enumerate(asks):
             if ask.deadline_s < now_s:
                 late_ms = 1000 * (now_s - ask.deadline_s)
@@ -248,15 +256,18 @@ class Ingress:
         )
 
     def _without_repeated(
-        self, asks: list[Ask | ManyAsk], delivers: list[Deliver]
+        self, asks: list[Ask | ManyAsk], delivers: list[Deliver], find: Callable[[str], list[Decision]]
     ) -> tuple[list[Ask | ManyAsk], list[Deliver], list[tuple[Ask | ManyAsk, Deliver]]]:
-        """Return the batch without requests for what is being logged, or is asked for by an earlier one of it; and those."""
+        """Return the batch without requests for what is being logged, or is asked for by an earlier one of it; and those.
+
+        What is in the log already may be asked for any number of times in one batch.
+        """
         seen: set[str] = set()
         first: list[int] = []
         repeated: list[tuple[Ask | ManyAsk, Deliver]] = []
         for index, ask in enumerate(asks):
             names = names_of(ask)
-            if any([name in seen or name in self._being_logged for name in names]):
+            if any([name in self._being_logged or (name in seen and not find(name)) for name in names]):
                 repeated.append((ask, delivers[index]))
             else:
                 first.append(index)
@@ -267,10 +278,12 @@ class Ingress:
         """Have requests answered when what they repeat is in the log: in the next batch, or once it is flushed."""
         for ask, deliver in repeated:
             waiting = next((self._being_logged[name] for name in names_of(ask) if name in self._being_logged), None)
-            if waiting is not None:
-                waiting.append((ask, deliver))
-            else:
+            if waiting is None:
                 self.batcher.submit_again(ask, deliver, num_rows=num_rows_of(ask))
+            elif self._is_stopping:
+                deliver_each([_stopping()], [deliver])
+            else:
+                waiting.append((ask, deliver))
 
     def _decide(self, rows: Rows, snapshot: Snapshot) -> list[Answer | ServiceUnavailable]:
         answers = self.decider.decide(rows, snapshot)
@@ -289,16 +302,27 @@ class Ingress:
             rows.mask_BA[answered] if rows.mask_BA is not None else None,
         )
 
-    def _from_the_log(self, asks: list[Ask | ManyAsk], snapshot: Snapshot) -> dict[int, Draft]:
-        """Return what was decided for requests that came before: the same id is the same decision, whatever the plan is now."""
-        drafts: dict[int, Draft] = {}
+    def _catch_up(self) -> ServiceUnavailable | None:
+        """Learn what other replicas have logged; return why named requests are refused where that is not possible."""
         try:
             self._recall.catch_up()
         except OSError as error:  # who has no name is answered nevertheless
-            refusal = ServiceUnavailable(f"what other replicas have logged cannot be read: {error}")
-            return {index: Draft(refusal) for index, ask in enumerate(asks) if ask.is_named}
+            return ServiceUnavailable(f"what other replicas have logged cannot be read: {error}")
+        return None
+
+    def _from_the_log(
+        self,
+        asks: list[Ask | ManyAsk],
+        snapshot: Snapshot,
+        find: Callable[[str], list[Decision]],
+        unreadable: ServiceUnavailable | None,
+    ) -> dict[int, Draft]:
+        """Return what was decided for requests that came before: the same id is the same decision, whatever the plan is now."""
+        if unreadable is not None:
+            return {index: Draft(unreadable) for index, ask in enumerate(asks) if ask.is_named}
+        drafts: dict[int, Draft] = {}
         for index, ask in enumerate(asks):
-            logged = self._recall.find(name_of(ask)) if ask.is_named and name_of(ask) else []
+            logged = find(name_of(ask)) if ask.is_named and name_of(ask) else []
             if logged:
                 try:
                     drafts[index] = Draft(self._told_again(ask, logged, snapshot))
@@ -326,7 +350,7 @@ class Ingress:
         shown, self._shown = self._shown, []
         lines = b"".join([draft.line for draft in drafts])
         if not lines:
-            return _let_go(drafts, delivers)
+            return deliver_each([draft.result for draft in drafts], delivers)
 
         names = [name for draft in drafts for name in draft.names]
         waiting: list[tuple[Ask | ManyAsk, Deliver]] = []
@@ -342,10 +366,10 @@ class Ingress:
 
         def answer(error: TrimtabError | None, place: Place | None) -> None:
             if error is not None:
-                return _let_go([Draft(error) if draft.line else draft for draft in drafts], delivers)
+                return deliver_each([error if draft.line else draft.result for draft in drafts], delivers)
             if place is not None:
                 self._remember(drafts, place)
-            _let_go(drafts, delivers)
+            deliver_each([draft.result for draft in drafts], delivers)
             for rows, answers in shown:
                 self._offer_to_shadows(rows, answers, snapshot)
 
@@ -383,21 +407,16 @@ def num_rows_of(ask: Ask | ManyAsk) -> int:
     return 1 if isinstance(ask, Ask) else len(ask.decision_ids)
 
 
-def _let_go(drafts: list[Draft], delivers: list[Deliver]) -> None:
-    """Deliver each result; a connection that breaks in this moment takes no other with it."""
-    for draft, deliver in zip(drafts, delivers):
-        try:
-            deliver(draft.result)
-        except Exception:
-            logger.exception("event=answer_not_delivered")
-
-
 def _first_of(refusals: dict[int, Any]) -> RequestRefused:
     """Return what is wrong with the first of many that cannot be decided, with its place."""
     row = min(refusals)
     error = refusals[row]
     where = f"observation {row} of the request: {error}"
     return RequestInvalid(where, error.status) if isinstance(error, RequestInvalid) else type(error)(where)
+
+
+def _stopping() -> ServiceUnavailable:
+    return ServiceUnavailable("this replica stops, and the request that this one repeats is not in the log yet; ask again")
 
 
 def _unless_all_none(values: list[Any]) -> list[Any] | None:

@@ -19,10 +19,10 @@ from msgspec import Meta
 
 from policies.bundle_reader import read_file_of
 from policies.distributions import seed_of
-from policies.errors import DecisionUnknown, NotFound, RequestInvalid, ServiceUnavailable, TrimtabError
+from policies.errors import DecisionUnknown, NotFound, Overloaded, RequestInvalid, ServiceUnavailable, TrimtabError
 from policies.records import Decision
 from policies.registry import Registry, RegistryState
-from serve_app.asgi import Request
+from serve_app.asgi import BYTES, Request, Response
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import LEASE_S, DecisionIds, lease_began_at
 from serve_app.durable_log import DecisionLog, Place
@@ -30,6 +30,7 @@ from serve_app.variants import Snapshot, VariantStore
 from serve_app.wire import MAX_NESTING, BodyDecoder, encode, is_nested_deeply
 
 MAX_DECISIONS = 1000
+MAX_FILES = 4  # of bundles that are read or sent at once: each has up to 200 MB, and is in memory until its client has read it
 MAX_CLOCK_SKEW_S = 300.0  # between a client's clock and ours; the log's times are what rewards are joined by
 MAX_NAME_LENGTH = 256  # of units and episodes, as in requests
 _LEASED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}(:[0-9]{1,19})?\.[0-9a-f]{16}\.[0-9a-f]{12}")
@@ -71,6 +72,7 @@ class LocalDecisions:
         self._has_shield = config.shield.is_on
         self._wall_clock = wall_clock
         self._known: RegistryState | None = None  # as it was when a decision last named something newer
+        self._num_files = 0
 
     def plan(self) -> bytes:
         """Return the plan in force, its versions and a new lease.
@@ -92,14 +94,27 @@ class LocalDecisions:
             }
         )
 
-    async def bundle_file(self, digest: str, name: str) -> bytes:
-        """Return a file of a bundle that is in force; raises `RequestInvalid` with 404 for any other."""
+    async def bundle_file(self, digest: str, name: str) -> Response:
+        """Return a file of a bundle that is in force.
+
+        Raises `RequestInvalid` with 404 for any other, `Overloaded` while `MAX_FILES` have not left yet.
+        """
         if digest not in [variant.digest for variant in self._snapshot().variants.values()]:
             raise RequestInvalid(f"bundle {digest!r:.100} is not in force; GET /v1/plan says which are", 404)
+        if self._num_files >= MAX_FILES:
+            raise Overloaded(f"{self._num_files} bundle files are being sent by this replica, the limit; try again in a moment")
+        self._num_files += 1
         try:
-            return await asyncio.to_thread(read_file_of, self._registry.bundles / digest, name, digest=digest)
-        except NotFound as error:
-            raise RequestInvalid(str(error), 404) from error
+            body = await asyncio.to_thread(read_file_of, self._registry.bundles / digest, name, digest=digest)
+        except BaseException as error:
+            self._file_left()
+            if isinstance(error, NotFound):
+                raise RequestInvalid(str(error), 404) from error
+            raise
+        return Response(200, body, BYTES, left=self._file_left)
+
+    def _file_left(self) -> None:
+        self._num_files -= 1
 
     async def accept(self, request: Request) -> bytes:
         """Write down decisions that were made elsewhere, all with one write or none; return `{"accepted": n}`.

@@ -71,7 +71,7 @@ class PolicyReplica:
             policy,
             ingress=self._ingress,
             feedback=FeedbackIntake(decision_ids=decision_ids, log=self._feedback, config=settings),
-            status=StatusView(policy, self._variants, self._monitor.status),
+            status=StatusView(policy, self._variants, self._monitor.status, self.report),
             variants=self._variants,
             keys=self._keys,
             counters=self._counters,
@@ -152,6 +152,7 @@ class PolicyReplica:
             self._decisions.retry()
 
     async def _stop(self) -> None:
+        self._ingress.stop()
         await self._direct.stop()
         self._endpoint = None
         for task in self._background:

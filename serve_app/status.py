@@ -5,6 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from policies.telemetry import ReplicaReport, replica_row
 from serve_app.variants import VariantStore
 
 CACHE_S = 1.0  # the monitor's numbers are a second old anyway; any number of dashboards cost it one call per replica
@@ -13,10 +14,17 @@ CACHE_S = 1.0  # the monitor's numbers are a second old anyway; any number of da
 class StatusView:
     """Asks the monitor at most once per second, however many callers there are."""
 
-    def __init__(self, policy: str, variants: VariantStore, ask_monitor: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        policy: str,
+        variants: VariantStore,
+        ask_monitor: Callable[[], Awaitable[dict[str, Any]]],
+        own_report: Callable[[], ReplicaReport],
+    ) -> None:
         self._policy = policy
         self._variants = variants
         self._ask_monitor = ask_monitor
+        self._own_report = own_report
         self._lock = asyncio.Lock()
         self._asked_at = float("-inf")
         self._cached: dict[str, Any] = {}
@@ -46,4 +54,5 @@ class StatusView:
             "engines": self._variants.engines,
             "load_failures": self._variants.load_failures,
             "registry_error": self._variants.registry_error,
+            "replicas": [replica_row(self._own_report(), 0.0)],  # of the others nobody knows
         }

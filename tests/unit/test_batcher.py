@@ -110,6 +110,25 @@ def test_a_handler_that_raises_for_one_would_fail_all() -> None:
     assert [type(result) for result in run(scenario)] == [ValueError] * 3
 
 
+def test_one_that_cannot_be_told_of_a_failure_keeps_nobody_from_being_told() -> None:
+    told: list[Exception] = []
+
+    def gone(result: object) -> None:
+        raise ConnectionResetError("the connection broke in this moment")
+
+    def raising(items: list[int], delivers: list[Deliver]) -> None:
+        raise ValueError("no model")
+
+    async def scenario() -> None:
+        batcher = Batcher(raising, max_batch_size=8, max_queue=8)
+        for deliver in (told.append, gone, told.append):
+            batcher.submit(1, deliver)
+        await asyncio.sleep(0)
+
+    run(scenario)
+    assert [str(error) for error in told] == ["no model"] * 2
+
+
 def test_the_queue_is_bounded_and_opens_again() -> None:
     async def scenario() -> None:
         batcher = Batcher(recording([]), max_batch_size=8, max_queue=3)

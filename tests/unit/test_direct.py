@@ -17,7 +17,7 @@ import pytest
 from policies.log_reader import LogTail
 from policies.records import Decision
 from policies.storage import Storage, open_storage
-from serve_app import direct
+from serve_app import direct, local_decisions
 from serve_app.asgi import Response
 from serve_app.config import ServingConfig
 from serve_app.http_api import Route
@@ -169,6 +169,33 @@ def test_pipelined_requests_are_answered_in_their_order(storage: Storage) -> Non
     ]
     assert answers[-1][2] == {"status": "alive"}
     assert len(logged(storage)) == sum(n % 3 > 0 for n in range(200))
+
+
+@pytest.mark.parametrize("parse_bytes", [direct.PARSE_BYTES, 1 << 20])
+def test_one_packet_of_requests_is_taken_in_as_they_are_answered(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, parse_bytes: int
+) -> None:
+    """5,000 requests fit into one read. Negative control: where all that came is parsed, all of them wait in memory."""
+    bounded = direct.MAX_PIPELINED + direct.PARSE_BYTES // len(b"GET / HTTP/1.1\r\n\r\n") + 1
+    monkeypatch.setattr(direct, "PARSE_BYTES", parse_bytes)
+    request, num_requests, num_waiting = b"GET /page HTTP/1.1\r\n\r\n", 5000, []
+
+    async def scenario(replica: PolicyReplica, port: int) -> None:
+        async def show(_: Any, key: Any) -> Response:
+            (connection,) = replica._direct.connections
+            num_waiting.append(len(connection._waiting))
+            return Response(200, b"1", headers=[(b"x-number", b"%d" % len(num_waiting))])
+
+        replica.api.routes["/page"] = Route("GET", (), show)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(num_requests * request)
+        for number in range(num_requests):
+            status, headers, _ = await read_answer(reader)
+            assert (status, headers["x-number"]) == (200, str(number + 1))
+        writer.close()
+
+    run(storage, scenario)
+    assert (max(num_waiting) > bounded) == (parse_bytes == 1 << 20)
 
 
 def test_what_arrives_together_is_one_batch(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,6 +358,25 @@ def test_a_compressed_body_is_refused_and_never_unpacked(storage: Storage, path:
     assert (lane, serve) == (415, 415) and peak < 5_000_000
 
 
+def chunked(storage: Storage, trailers: bytes) -> bytes:
+    body = json.dumps({"observation": OBSERVATION}).encode()
+    head = f"POST /v1/decide HTTP/1.1\r\nauthorization: Bearer {key_of(storage)}\r\ntransfer-encoding: chunked\r\n\r\n"
+    return head.encode() + b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, trailers)
+
+
+def test_trailers_are_no_headers_and_bounded_like_them(storage: Storage) -> None:
+    """As a header this arm, which the plan has not, would be refused with 422: that is the negative control."""
+    arm = b"x-trimtab-arm: canary\r\n"
+    as_header = raw_request(storage, {"observation": OBSERVATION}, extra=arm.decode())
+
+    async def scenario(replica: PolicyReplica, port: int) -> list[int]:
+        requests = [as_header, chunked(storage, arm), chunked(storage, b"x: " + b"y" * 40_000 + b"\r\n")]
+        found = [await exchange(port, request, num_answers=1) for request in requests]
+        return [answers[0][0] for answers, _ in found]
+
+    assert run(storage, scenario) == [422, 200, 431]
+
+
 def test_old_clients_and_those_that_ask_first_are_served(storage: Storage) -> None:
     old = raw_request(storage, {"observation": OBSERVATION}).replace(b"HTTP/1.1", b"HTTP/1.0")
     ((answer,), closed) = run(storage, lambda replica, port: exchange(port, old, num_answers=1))
@@ -424,6 +470,49 @@ def test_answers_that_nobody_reads_are_not_made_without_end(storage: Storage) ->
     assert num_held_bytes < 2 * len(page) and num_read == num_requests
 
 
+def test_bundle_files_that_nobody_reads_are_not_collected_in_memory(tmp_path: Path) -> None:
+    """Four wait for their clients; the next is asked to come again, until one was read or its client went away."""
+    storage = open_storage(tmp_path / "storage")
+    publish(storage, random_policy(1, hidden=(2000, 2000)))  # 16 MB: more than sockets take in
+
+    async def scenario(replica: PolicyReplica, port: int) -> None:
+        digest = replica._variants.snapshot.champion.digest
+        head = f"GET /v1/bundles/{digest}/policy.safetensors HTTP/1.1\r\nauthorization: Bearer {key_of(storage)}\r\n\r\n"
+
+        def connect() -> socket.socket:
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            client.connect(("127.0.0.1", port))
+            client.sendall(head.encode())
+            return client
+
+        clients = [await asyncio.to_thread(connect) for _ in range(local_decisions.MAX_FILES)]
+        while sum(connection._is_unread for connection in replica._direct.connections) < len(clients):
+            await asyncio.sleep(0.01)
+        ((status, headers, document),), _ = await exchange(port, head.encode(), num_answers=1)
+        assert status == 429 and headers["retry-after"] == "1" and "bundle files" in document["error"]["message"]
+        assert (await exchange(port, raw_request(storage, {"observation": OBSERVATION}), num_answers=1))[0][0][0] == 200
+        clients[0].close()
+        await files_are(replica, 3)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode())
+        answer = await reader.readuntil(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200")
+        await reader.readexactly(int(answer.partition(b"content-length: ")[2].split(b"\r\n")[0]))
+        await files_are(replica, 3)
+        for client in (*clients, writer):
+            client.close()
+        await files_are(replica, 0)
+
+    run(storage, scenario)
+
+
+async def files_are(replica: PolicyReplica, number: int) -> None:
+    async with asyncio.timeout(10):
+        while replica.api._local._num_files != number:
+            await asyncio.sleep(0.01)
+
+
 def test_connections_beyond_the_limit_are_told_so(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "MAX_CONNECTIONS", 1)
 
@@ -434,8 +523,8 @@ def test_connections_beyond_the_limit_are_told_so(storage: Storage, monkeypatch:
         writer.close()
         return found
 
-    ((status, _, _),), closed = run(storage, scenario)
-    assert status == 503 and closed
+    ((status, headers, document),), closed = run(storage, scenario)
+    assert status == 503 and closed and headers["retry-after"] == "1" and "the limit" in document["error"]["message"]
 
 
 def test_stopping_answers_what_was_asked_and_takes_nothing_more(storage: Storage) -> None:

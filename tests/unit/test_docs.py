@@ -217,7 +217,8 @@ def test_every_key_of_the_short_status_is_described(tmp_path: Path) -> None:
         raise ConnectionError("there is no monitor")
 
     storage = open_storage(tmp_path / "storage")
-    view = StatusView("demo", VariantStore(Registry(storage.registry("demo"))), away)
+    report = ReplicaReport("r", 0.0, 0.0, 0, [], {}, 0, {})
+    view = StatusView("demo", VariantStore(Registry(storage.registry("demo"))), away, lambda: report)
     document = asyncio.run(view.read())
     assert document["monitor"] is None and not keys_missing_in(read("operations.md"), document)
 

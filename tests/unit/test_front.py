@@ -15,7 +15,7 @@ import uvicorn.config
 from policies.log_reader import LogTail
 from policies.records import Decision
 from policies.storage import Storage, open_storage
-from serve_app import front
+from serve_app import direct, front
 from serve_app.config import ServingConfig
 from serve_app.known_heads import Received, has_head, learn_head
 from serve_app.replica import PolicyReplica
@@ -149,6 +149,82 @@ def test_the_servers_end_answers_what_was_asked_and_closes_every_connection(stor
         return statuses, ends
 
     assert run(storage, scenario) == ([200] * 4, [b""] * 5)
+
+
+# --- bounds ---
+
+
+async def until_closed(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await asyncio.wait_for(reader.read(), 10)
+    except ConnectionResetError:
+        return b""
+
+
+def test_connections_that_say_nothing_count_and_are_closed(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was used stays open, as HAProxy needs it to; the lane's limit is 3 here, and one more is reserved."""
+    for module, name, value in ((direct, "MAX_CONNECTIONS", 3), (front, "NUM_RESERVED", 1), (front, "REQUEST_TIMEOUT_S", 0.3)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(direct, "SWEEP_INTERVAL_S", 0.1)
+
+    async def scenario(replica: PolicyReplica, server: Any, port: int, seen: list[str]) -> None:
+        request = raw_request(storage, {"observation": OBSERVATION})
+        used_reader, used = await asyncio.open_connection("127.0.0.1", port)
+        used.write(request)
+        assert (await read_answer(used_reader))[0] == 200
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        while len(replica._direct.connections) < 4:
+            await asyncio.sleep(0.01)
+        (refused,), closed = await exchange(port, b"", num_answers=1)
+        assert refused[0] == 503 and refused[1]["retry-after"] == "1" and closed
+        silent[0][1].write(request)
+        assert (await read_answer(silent[0][0]))[0] == 503, "it may wait beyond the limit, and not be answered"
+        silent[1][1].write(b"GET /-/healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert (await until_closed(silent[1][0])).endswith(b"ok"), "a full replica is no dead one"
+        replica._direct.start_sweeping()
+        assert await until_closed(silent[2][0]) == b""
+        await asyncio.sleep(0.5)
+        used.write(request)
+        assert (await read_answer(used_reader))[0] == 200
+        for _, writer in silent:
+            writer.close()
+
+    run(storage, scenario)
+
+
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [(b"GET /-/healthz HTTP/1.1\r\nx: ", b"y" * 5000), (b"GET /-/healthz HTTP/1.1\r\nhost: x\r\n\r\n" * 1000, b"")],
+    ids=["headers without end", "requests without end"],
+)
+def test_what_is_asked_of_serves_own_pages_is_bounded(storage: Storage, first: bytes, more: bytes) -> None:
+    async def scenario(replica: PolicyReplica, server: Any, port: int, seen: list[str]) -> tuple[bytes, list[str]]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(first)
+        for _ in range(7):  # the last one passes the limit: after it there is nothing that would break the connection
+            writer.write(more)
+            await asyncio.sleep(0.001)
+        answer = await until_closed(reader)
+        writer.close()
+        return answer, seen
+
+    answer, seen = run(storage, scenario)
+    assert answer.startswith(b"HTTP/1.1 400") and b"the limit" in answer and seen == []
+
+
+def test_a_request_for_serves_own_pages_that_never_ends_is_closed(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "REQUEST_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(direct, "SWEEP_INTERVAL_S", 0.1)
+
+    async def scenario(replica: PolicyReplica, server: Any, port: int, seen: list[str]) -> bytes:
+        replica._direct.start_sweeping()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /-/healthz HTTP/1.1\r\n")
+        rest = await until_closed(reader)
+        writer.close()
+        return rest
+
+    assert run(storage, scenario) == b""
 
 
 # --- heads with a proxy's request id ---

@@ -9,6 +9,7 @@ import pytest
 from policies.log_reader import LogTail
 from policies.records import Feedback
 from policies.storage import Storage, open_storage
+from serve_app.breaker import Breaker
 from serve_app.config import ServingConfig
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new
@@ -257,3 +258,25 @@ def test_a_failure_of_our_own_is_a_500_that_tells_no_secrets(storage: Storage, r
     replica._decisions.append = broken  # type: ignore[method-assign]
     reply = send(storage, replica, "/v1/decide", GOOD)
     assert reply.status == 500 and "secret detail" not in reply.body.decode()
+
+
+def test_without_the_monitor_a_replica_tells_what_is_wrong_with_itself(
+    storage: Storage, replica: PolicyReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys' file is damaged, its log's disk fails, and its version's breaker is open: nobody else could tell now."""
+    key = storage.api_key_file.read_text()
+    storage.api_keys.path.write_bytes(b"{")
+    replica._keys.refresh()
+
+    def fails(lines: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(replica._decisions._writer, "append", fails)
+    assert send(storage, replica, "/v1/decide", GOOD, key=key).status == 503
+    replica._ingress.decider.breakers.setdefault(1, Breaker()).note(0, 5, 0.0, "version 1 raised")
+    document = send(storage, replica, "/v1/status", method="GET", key=key).json()
+    [row] = document["replicas"]
+    assert document["monitor"] is None and row["replica"] == replica.name and row["responses"] == {"503": 1}
+    assert "IntegrityError" in row["keys_error"] and row["breakers"] == {"1": "version 1 raised"}
+    assert row["log"]["state"] == "failing" and "No space left" in row["log"]["last_error"]
+    assert row["shadows"] == {"answered": 0, "left_out": 0, "not_logged": 0}

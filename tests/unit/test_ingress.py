@@ -243,6 +243,42 @@ def test_repetitions_that_come_while_the_first_is_being_flushed_are_one_decision
     assert replica._ingress._being_logged == {}
 
 
+@pytest.mark.parametrize("durability", ["write", "fsync"])
+def test_however_many_repeat_a_request_its_logged_line_answers_them_all_at_once(storage: Storage, durability: str) -> None:
+    """The first one's batch, and one for all others; each round for one of them would be 50."""
+    replica, sizes = replica_of(storage, durability=durability), []
+    handle = replica._ingress.batcher._handle
+    replica._ingress.batcher._handle = lambda asks, delivers: (sizes.append(len(asks)), handle(asks, delivers))[1]
+    replies = decide_all(storage, replica, [{"observation": [0.1, 0, 0, 0], "request_id": "r"}] * 50)
+    assert [reply.status for reply in replies] == [200] * 50 and len({reply.body for reply in replies}) == 1
+    assert len(logged(storage)) == 1 and sizes == [50, 49]
+
+
+def test_who_repeats_a_request_that_is_being_flushed_is_sent_elsewhere_when_the_replica_stops(storage: Storage) -> None:
+    replica, gate = replica_of(storage, durability="fsync", log_timeout_s=60), threading.Event()
+    commit, key = replica._decisions._commit, storage.api_key_file.read_text()
+    assert commit is not None
+    commit._fsync = lambda descriptor: (gate.wait(30), os.fsync(descriptor))[1]
+    body = b'{"observation":[0.1,0,0,0],"request_id":"r"}'
+
+    async def run() -> tuple[list[int], int, Reply, Reply]:
+        async with asyncio.timeout(20):
+            calls = [asyncio.create_task(call(replica.api, "POST", "/v1/decide", body, key=key)) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            stop = asyncio.create_task(replica._stop())
+            repeats = [(await asyncio.wait_for(repeat, 5)).status for repeat in calls[1:]]
+            late = await asyncio.wait_for(call(replica.api, "POST", "/v1/decide", body, key=key), 5)
+            num_logged = len(logged(storage))
+            gate.set()
+            await stop
+            return repeats, num_logged, late, await calls[0]
+
+    repeats, num_logged, late, first = asyncio.run(run())
+    assert repeats == [503, 503] and num_logged == 1
+    assert (late.status, late.headers["retry-after"]) == (503, "1") and "ask again" in late.error
+    assert first.status == 200, "it was on the disk before the replica had ended"
+
+
 def test_the_same_request_id_gets_the_same_decision_from_every_replica(storage: Storage) -> None:
     bodies = [{"observation": obs, "request_id": f"r-{index}"} for index, obs in enumerate(observations(100))]
     first = [reply.json() for reply in decide_all(storage, replica_of(storage), bodies)]
