@@ -248,8 +248,8 @@ def _require_stand_in(state: RegistryState) -> None:
     previous, release = state.previous_champion, state.release
     if previous is None:
         raise ReleaseRefused(
-            f"version {state.champion} is the only champion there has been: nobody could answer instead, and `trimtab release "
-            "rollback` has nothing to bring back; release another version, or end serving with `trimtab down`"
+            f"there is no champion before version {state.champion} that was not taken back or given up: nobody could answer "
+            "instead; release another version, or end serving with `trimtab down`"
         )
     if release is not None and release.is_open and previous == release.candidate:
         raise ReleaseRefused(

@@ -101,14 +101,15 @@ class RegistryState:
 
     `torn` names the unfinished file behind the last entry that a crash left, if any: it counts for nothing. `plans` are all
     traffic plans, the present one last: the log names them by their numbers. `holdout` and `shadows` are what was asked for,
-    also while they are switched off.
+    also while they are switched off. `former_champions` are those before the present one, in their order, without any that was
+    taken back.
     """
 
     num_entries: int = 0
     last_sha256: str = ""
     versions: dict[int, Version] = field(default_factory=dict)
     champion: int | None = None
-    previous_champion: int | None = None
+    former_champions: tuple[int, ...] = ()
     releases: tuple[Release, ...] = ()
     plans: tuple[TrafficPlan, ...] = ()
     holdout: Holdout | None = None
@@ -122,6 +123,12 @@ class RegistryState:
     def plan(self) -> TrafficPlan | None:
         """The traffic plan in force; None before the first champion."""
         return self.plans[-1] if self.plans else None
+
+    @property
+    def previous_champion(self) -> int | None:
+        """The last champion before the present one whose bundle is still there; None when there is none."""
+        kept = (version for version in reversed(self.former_champions) if self.versions[version].collected_at is None)
+        return next(kept, None)
 
     def plan_numbered(self, number: int) -> TrafficPlan | None:
         """Return the plan that a journal entry made, or None when it made none."""
@@ -311,7 +318,7 @@ def _apply_release_change(state: RegistryState, entry: dict[str, Any]) -> Regist
     if action == "promote":
         state = _crowned(state, changed.candidate)
     elif release.state == "promoted":  # a rollback after the promotion
-        state = _crowned(state, changed.incumbent)
+        state = _restored(state, changed)
     return _planned(state, entry)
 
 
@@ -321,7 +328,18 @@ def _crowned(state: RegistryState, version: int) -> RegistryState:
     Otherwise a rollback would put the version that was switched off into the place of the good one that it brings back.
     """
     switched_off = {arm: off for arm, off in state.switched_off.items() if arm != "champion"}
-    return replace(state, champion=version, previous_champion=state.champion, switched_off=switched_off)
+    former = (*state.former_champions, state.champion) if state.champion is not None else ()
+    return replace(state, champion=version, former_champions=former, switched_off=switched_off)
+
+
+def _restored(state: RegistryState, release: Release) -> RegistryState:
+    """Return the state with a release's incumbent as champion again.
+
+    What was taken back is no former champion: it would stand in for the one that replaced it, as soon as that fails.
+    """
+    former = tuple(version for version in state.former_champions if version != release.candidate)
+    former = former[:-1] if former[-1:] == (release.incumbent,) else former
+    return replace(_crowned(state, release.incumbent), former_champions=former)
 
 
 def _apply_holdout(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
@@ -354,8 +372,9 @@ def _planned(state: RegistryState, entry: dict[str, Any]) -> RegistryState:
     assert state.champion is not None
     champion, release = state.champion, state.release
     if "champion" in state.switched_off:
-        assert state.previous_champion is not None
-        champion = state.previous_champion
+        # Who was taken back counted as the previous champion once, and stood in for the next: there the champion itself stays.
+        assert state.previous_champion is not None or any(taken.state == "rolled_back" for taken in state.releases)
+        champion = state.previous_champion or champion
     if release is not None and release.is_open:
         weight = release.weights[release.step]
         plan = with_canary(entry["number"], release.number, champion=champion, candidate=release.candidate, weight=weight)

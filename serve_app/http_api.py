@@ -147,7 +147,17 @@ class HttpApi:
             return await route.handler(request, None)
         key = self.keys.check(request.header(b"authorization"), *route.scopes)  # before a byte of the body is read
         with key.in_flight():
-            return await route.handler(request, key)
+            return await route.handler(request._replace(receive=self._while_in_force(key, request.receive)), key)
+
+    def _while_in_force(self, key: ApiKey, receive: Receive) -> Receive:
+        """Return what reads a body, and refuses it if the key is revoked before it is there whole."""
+
+        async def checked() -> dict[str, Any]:
+            message = await receive()
+            self.keys.require_in_force(key)
+            return message
+
+        return checked
 
     async def _decide(self, request: Request, key: ApiKey | None) -> Response:
         assert key is not None

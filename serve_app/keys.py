@@ -104,6 +104,7 @@ class _Table:
     # are never more than there are keys. A guess is compared with a key byte by byte only if all 64 bits of Python's hash agree,
     # and who can bring that about has no need to guess.
     by_header: dict[bytes | None, ApiKey] = field(default_factory=dict)
+    ids: frozenset[str] = frozenset()
 
 
 class KeyRing:
@@ -141,11 +142,23 @@ class KeyRing:
     def admit(self, key: ApiKey, scope: str, *alternatives: str) -> None:
         """Count a request of a key that was recognised.
 
-        Raises `Forbidden` unless it has the scope or one of the alternatives, `Overloaded` when it has sent as many as it may.
+        Raises `Unauthorized` if it is not in force any more, `Forbidden` unless it has the scope or one of the alternatives,
+        `Overloaded` when it has sent as many as it may.
         """
+        self.require_in_force(key)
         require(key, scope, *alternatives)
         if key.usage.requests_per_s is not None:
             key.usage.take(self._clock())
+
+    def require_in_force(self, key: ApiKey) -> None:
+        """Raise `Unauthorized` for a key that was recognised and has been revoked or expired since.
+
+        Who may send is looked at when a request's head is there. Its body may take seconds more, and requests that were sent
+        ahead wait until their client reads its answers.
+        """
+        assert self._table is not None, "it was recognised"
+        if key.id not in self._table.ids or (key.expires_at is not None and self._clock() >= key.expires_at):
+            raise Unauthorized(_NOT_VALID)
 
     def recognise(self, authorization: bytes | None) -> ApiKey:
         """Return the key in an Authorization header, whatever it may do; raises `Unauthorized` unless it is valid now."""
@@ -174,7 +187,8 @@ class KeyRing:
             records = parse_keys(self._path.read_bytes(), str(self._path))
         except (IntegrityError, OSError) as error:
             return self._report(f"{type(error).__name__}: {error}")
-        self._table = _Table(self._keys_of(records))
+        by_sha256 = self._keys_of(records)
+        self._table = _Table(by_sha256, ids=frozenset(key.id for key in by_sha256.values()))
         self._seen = seen
         self._report(None)
         logger.info("event=keys_in_force num_keys=%d", len(self._table.by_sha256))

@@ -128,13 +128,38 @@ def test_a_champion_that_is_switched_off_is_stood_in_for_by_the_previous_one() -
 
 
 def test_a_rollback_after_the_switch_does_not_bring_the_bad_champion_back() -> None:
-    """2 is switched off, 1 answers; then 2 is rolled back for good: 1 stays, although the previous champion is now 2."""
+    """2 is switched off, 1 answers; then 2 is rolled back for good: 1 stays, and 2 is nobody's stand-in any more."""
     journal = Journal(PASS, PASS)
     journal.start(2, 1.0)
     journal.change("promote")
     assert arms(journal.switch("champion", enabled=False)) == {"champion": (1, 1.0)}
     assert arms(journal.change("rollback")) == {"champion": (1, 1.0)}
-    assert (journal.state.previous_champion, journal.state.switched_off) == (2, {})
+    assert (journal.state.previous_champion, journal.state.switched_off) == (None, {})
+
+
+def test_a_version_that_was_taken_back_is_never_the_previous_champion() -> None:
+    journal = Journal(*[PASS] * 4)
+
+    def promote(version: int) -> tuple[int | None, int | None]:
+        journal.start(version, 1.0)
+        journal.change("promote")
+        return journal.state.champion, journal.state.previous_champion
+
+    def rollback() -> tuple[int | None, int | None]:
+        journal.change("rollback")
+        return journal.state.champion, journal.state.previous_champion
+
+    assert promote(2) == (2, 1)
+    assert rollback() == (1, None)  # the broken one would say 2
+    refused(journal, ReleaseRefused, "no champion before version 1", switch_arm, "champion", enabled=False)
+    assert [promote(3), promote(4)] == [(3, 1), (4, 3)]
+    assert rollback() == (3, 1)
+    assert rollback() == (1, None)
+    # Champions 1, 2, 3 and then 2 again, which is taken back: 2 was champion before 3 too, and is not asked any more.
+    assert [promote(2), promote(3), promote(2)] == [(2, 1), (3, 2), (2, 3)]
+    assert rollback() == (3, 1)
+    assert promote(2) == (2, 3)  # once promoted again it is a champion like any other
+    assert promote(4) == (4, 2)
 
 
 def test_a_switch_that_outlived_its_champion_would_bring_it_back() -> None:
@@ -145,7 +170,7 @@ def test_a_switch_that_outlived_its_champion_would_bring_it_back() -> None:
     journal.switch("champion", enabled=False)
     kept = journal.state.switched_off
     journal.change("rollback")
-    journal.state = dataclasses.replace(journal.state, switched_off=kept)
+    journal.state = dataclasses.replace(journal.state, switched_off=kept, former_champions=(2,))
     assert arms(journal.shadow(2)) == {"champion": (2, 1.0)}
 
 
@@ -217,15 +242,14 @@ def test_what_is_switched_off_is_not_begun_anew_and_the_remedy_is_named() -> Non
 
 def test_a_champion_nobody_can_stand_in_for_is_not_switched_off() -> None:
     journal = Journal(PASS, PASS)
-    refused(journal, ReleaseRefused, "only champion.*`trimtab release rollback`", switch_arm, "champion", enabled=False)
+    refused(journal, ReleaseRefused, "no champion before version 1.*`trimtab down`", switch_arm, "champion", enabled=False)
     journal.start(2, 1.0)
     journal.change("promote")
-    journal.change("rollback")  # 1 is champion, 2 the previous one
-    journal.start(2, 0.5)
+    journal.start(1, 0.5)
     refused(journal, ReleaseRefused, "cannot be compared with itself", switch_arm, "champion", enabled=False)
     journal.change("abort")
     journal.switch("champion", enabled=False)  # the control
-    refused(journal, ReleaseRefused, "nothing to compare with", start_release, 2, weights=(0.5,), override_gates=None)
+    refused(journal, ReleaseRefused, "nothing to compare with", start_release, 1, weights=(0.5,), override_gates=None)
 
 
 def test_a_reason_is_asked_for() -> None:

@@ -5,6 +5,7 @@ import gzip
 import http.client
 import json
 import socket
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,8 +19,9 @@ from policies.log_reader import LogTail
 from policies.records import Decision
 from policies.storage import Storage, open_storage
 from serve_app import direct, local_decisions
-from serve_app.asgi import Response
+from serve_app.asgi import Request, Response
 from serve_app.config import ServingConfig
+from serve_app.decision_ids import DecisionIds
 from serve_app.http_api import Route
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, call, publish, random_policy, read_new
@@ -287,6 +289,76 @@ def test_no_body_is_read_without_the_key(storage: Storage, head: str) -> None:
     request = f"{head} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
     ((answer,), closed) = run(storage, lambda replica, port: exchange(port, request, num_answers=1))
     assert answer[0] == 401 and closed and logged(storage) == []
+
+
+@pytest.mark.parametrize("path", ["/v1/decide", "/v1/feedback"])
+@pytest.mark.parametrize("revoked", [True, False])
+def test_a_key_that_is_revoked_while_a_body_is_on_its_way_gets_nothing_any_more(
+    storage: Storage, path: str, revoked: bool
+) -> None:
+    """Both doors; a key that stays in force is the control."""
+    secrets = [storage.api_keys.create(name, ("decide", "feedback"), now=time.time())[1] for name in ("first", "second")]
+    decision_id = DecisionIds.of(storage).name("r")
+    body = {"observation": OBSERVATION} if path == "/v1/decide" else {"decision_id": decision_id, "reward": 1.0}
+    data = json.dumps(body).encode()
+
+    async def scenario(replica: PolicyReplica, port: int) -> list[int]:
+        replica._keys.refresh()
+
+        def change(name: str) -> None:
+            if revoked:
+                storage.api_keys.revoke(name, now=time.time())
+            replica._keys.refresh()
+
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {secrets[0]}\r\ncontent-length: {len(data)}\r\n\r\n"
+        writer.write(head.encode() + data[:5])
+        while not replica._direct.connections or next(iter(replica._direct.connections))._key is None:
+            await asyncio.sleep(0.01)
+        change("first")
+        writer.write(data[5:])
+        directly, _, _ = await read_answer(reader)
+        writer.close()
+
+        pieces = iter([data[:5], data[5:]])
+
+        async def receive() -> dict[str, Any]:
+            piece = next(pieces)
+            if piece != data[:5]:
+                change("second")
+            return {"type": "http.request", "body": piece, "more_body": piece == data[:5]}
+
+        headers = [(b"authorization", b"Bearer " + secrets[1].encode())]
+        request = Request({"type": "http", "path": path, "method": "POST", "headers": headers}, receive)
+        return [directly, (await replica.api.respond(path, "POST", request)).status]
+
+    assert run(storage, scenario) == ([401, 401] if revoked else [200, 200])
+    assert len(logged(storage)) == (0 if revoked or path != "/v1/decide" else 2)
+
+
+def test_requests_that_wait_behind_unread_answers_are_not_answered_once_their_key_is_revoked(storage: Storage) -> None:
+    _, secret = storage.api_keys.create("shop", ("decide",), now=time.time())
+    raw = raw_request(storage, {"observation": OBSERVATION}).replace(key_of(storage).encode(), secret.encode())
+
+    async def scenario(replica: PolicyReplica, port: int) -> list[int]:
+        replica._keys.refresh()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(raw)
+        statuses = [(await read_answer(reader))[0]]
+        [connection] = replica._direct.connections
+        connection._is_unread = True  # it does not read, and had sent this before that was noticed
+        writer.write(raw)
+        while not connection._waiting:
+            await asyncio.sleep(0.01)
+        storage.api_keys.revoke("shop", now=time.time())
+        replica._keys.refresh()
+        connection.resume_writing()
+        statuses.append((await read_answer(reader))[0])
+        writer.close()
+        return statuses
+
+    assert run(storage, scenario) == [200, 401]
+    assert len(logged(storage)) == 1
 
 
 def test_an_answer_that_nobody_reads_does_not_keep_its_connection(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

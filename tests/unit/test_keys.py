@@ -291,6 +291,21 @@ def test_reading_the_file_again_gives_back_neither_tokens_nor_places(storage: St
     ring.recognise(shop).usage.begin()
 
 
+def test_a_key_that_was_recognised_is_refused_once_it_is_revoked_or_over(storage: Storage, ring: KeyRing, clock: Clock) -> None:
+    shop, other = new_key(storage, ring), new_key(storage, ring, "other", expires_at=clock.now + 10)
+    keys = [ring.recognise(shop), ring.recognise(other)]
+    for key in keys:
+        ring.admit(key, "decide")
+    storage.api_keys.revoke("shop", now=clock.now)
+    ring.refresh()
+    with pytest.raises(Unauthorized):
+        ring.admit(keys[0], "decide")
+    ring.admit(keys[1], "decide")  # the file was read again, and it is another object there
+    clock.now += 10
+    with pytest.raises(Unauthorized):
+        ring.admit(keys[1], "decide")
+
+
 def test_no_more_than_the_limit_are_in_flight_and_each_place_is_given_back() -> None:
     usage = usage_of(max_concurrent=2)
     with usage:

@@ -31,14 +31,14 @@ def test_a_journal_of_schema_1_adds_up_to_what_it_did_and_can_be_continued(tmp_p
     registry = Registry(tmp_path)
     state = registry.state()
     assert (state.num_entries, state.last_sha256[:12]) == (12, "2bd27b521e34")
-    assert (state.champion, state.previous_champion, state.plan.number) == (1, 2, 12)
+    assert (state.champion, state.previous_champion, state.plan.number) == (1, None, 12)
     assert [(release.candidate, release.incumbent, release.state) for release in state.releases] == [
         (2, 1, "rolled_back"),
         (3, 2, "aborted"),
     ]
     assert state.releases[0].history[4].numbers == {"candidate_mean": 481.25, "incumbent_mean": 440.0}
     _name(registry, "eu")
-    assert Registry(tmp_path).state().aliases == {"champion": 1, "previous": 2, "eu": 1}
+    assert Registry(tmp_path).state().aliases == {"champion": 1, "eu": 1}
     assert [entry.body["schema_version"] for entry in registry.entries()] == [1] * 12 + [2]
 
 

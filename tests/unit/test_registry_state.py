@@ -154,15 +154,16 @@ def test_only_what_nothing_asks_for_is_given_up(tmp_path: Path) -> None:
     assert state.version(1).collected_at == 600.0
 
 
-def test_a_rollback_target_stays_although_it_is_not_the_previous_champion(tmp_path: Path) -> None:
-    """After 1 → 2 → 3 and a rollback the champion is 2, the previous one 3; the next rollback goes to 1."""
+def test_after_a_rollback_the_champion_before_stays_and_what_was_taken_back_need_not(tmp_path: Path) -> None:
+    """After 1 → 2 → 3 and a rollback the champion is 2, the previous one 1; the next rollback goes there too."""
     registry = make_registry(tmp_path, num_versions=3)
     _release(registry, 2, "promote", now=300.0)
     _release(registry, 3, "promote", now=400.0)
     state = _append(registry, change_release, "rollback", reason="complaints", now=500.0)
-    assert (state.aliases, state.rollback_target()) == ({"champion": 2, "previous": 3}, 1)
-    with pytest.raises(ReleaseRefused, match="what a rollback brings back"):
+    assert (state.aliases, state.rollback_target()) == ({"champion": 2, "previous": 1}, 1)
+    with pytest.raises(ReleaseRefused, match="version 1 is previous"):
         _append(registry, collect_version, 1, "old")
+    assert _append(registry, collect_version, 3, "old").version(3).collected_at is not None
 
 
 def test_a_version_that_was_given_up_is_not_used_again(tmp_path: Path) -> None:
@@ -177,6 +178,7 @@ def test_a_version_that_was_given_up_is_not_used_again(tmp_path: Path) -> None:
     with pytest.raises(ReleaseRefused, match="given up"):
         _release(registry, 1, None, now=700.0)
     _append(registry, change_release, "rollback", reason="complaints", now=800.0)
+    assert registry.state().aliases == {"champion": 2}  # nobody can load what was given up
     with pytest.raises(ReleaseRefused, match="version 1 was given up"):  # 1 is what the rollback before last would bring back
         _append(registry, change_release, "rollback", reason="complaints", now=900.0)
     assert registry.register(again, now=1000.0).version(4).policy_sha256 == again.policy.sha256()
