@@ -4,12 +4,17 @@ A client that lost an answer asks again, and may come to another replica. Sampli
 answer the same; but the plan may have changed in between, and then the decision that is in the log holds. So each replica
 knows where in the logs the latest decisions are: its own as it writes them, the others' by reading what they appended, just
 before each batch in which a client named its request. With one replica that costs nothing.
+
+So that this is never much, `follow` reads along in between, a slice in each turn of the event loop. Otherwise the first named
+request after a pause would find all that the others wrote meanwhile, and hold up everybody while it is read.
 """
 
+import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,6 +26,8 @@ logger = logging.getLogger(__name__)
 MAX_REMEMBERED = 100_000  # names, twice as many at most: about 25 MB each
 RECENT_S = 300.0  # what a segment held when nobody had written to it for longer, no client would still ask for
 FIRST_LOOK_BYTES = 16 << 20  # of the end of each segment that another replica, or a former life, has written
+SLICE_BYTES = 256 << 10  # some 500 decisions, a millisecond
+FOLLOW_INTERVAL_S = 1.0
 CLOCK_GRAIN_NS = 20_000_000  # of file times: two changes within a tick of the kernel's clock (1 to 10 ms) may bear one time
 
 _ID_START = b'{"decision_id":"'
@@ -36,15 +43,6 @@ _decision_decoder = msgspec.json.Decoder(Decision)
 _batch_decoder = msgspec.json.Decoder(DecisionBatch)
 
 
-class Place:
-    """One segment of the log, open for reading, and how far it was read."""
-
-    __slots__ = ("descriptor", "offset", "path")
-
-    def __init__(self, path: Path, descriptor: int, offset: int) -> None:
-        self.path, self.descriptor, self.offset = path, descriptor, offset
-
-
 class Recall:
     """Finds logged decisions by what a client calls them: a decision's id, or the id of a request for many."""
 
@@ -54,7 +52,7 @@ class Recall:
         self._newer: dict[str, tuple[Path, int]] = {}
         self._older: dict[str, tuple[Path, int]] = {}
         self._kept: dict[str, bytes] = {}  # lines that were answered and are in no segment yet
-        self._others: dict[Path, Place] = {}
+        self._others: dict[Path, int] = {}  # up to where each of their segments was read; none is kept open
         self._seen_change_ns = -1
 
     def remember(self, names: Iterable[str], path: Path, offset: int) -> None:
@@ -76,11 +74,23 @@ class Recall:
 
     def catch_up(self) -> None:
         """Read what other replicas have appended since the last call."""
+        for _ in self._steps():
+            pass
+
+    async def follow(self) -> None:
+        """Read along for ever. What cannot be read now is left to `catch_up`, which says so to who needs it."""
+        while True:
+            await asyncio.sleep(FOLLOW_INTERVAL_S)
+            with contextlib.suppress(OSError):
+                for _ in self._steps():
+                    await asyncio.sleep(0)
+
+    def _steps(self) -> Iterator[None]:
+        """Read everything that is new, a slice at a time. In between others may read on: where they are is looked up anew."""
         self._look_for_segments()
-        for place in list(self._others.values()):
-            size = os.fstat(place.descriptor).st_size
-            if size > place.offset:
-                self._read(place, size)
+        for path in list(self._others):
+            while self._read_slice(path):
+                yield
 
     def find(self, name: str) -> list[Decision]:
         """Return the logged decisions of this name, none if it was not decided lately."""
@@ -96,11 +106,6 @@ class Recall:
         except (msgspec.DecodeError, ValueError, IndexError) as error:  # changed since; the monitor reports it too
             logger.error("event=log_line_damaged segment=%s offset=%d error=%r", *where, str(error))
             return []
-
-    def close(self) -> None:
-        for place in self._others.values():
-            os.close(place.descriptor)
-        self._others = {}
 
     def _look_for_segments(self) -> None:
         """Take in segments that are new; each time, since a replica that dies right after its first decision has left one."""
@@ -120,30 +125,43 @@ class Recall:
                 except FileNotFoundError:  # it was sealed in this moment
                     continue
         for path in set(self._others) - found:
-            os.close(self._others.pop(path).descriptor)
+            del self._others[path]
 
     def _take_in(self, path: Path, stat: os.stat_result, found: set[Path]) -> None:
         """Follow a segment from its last part on; one that was quiet for long from its end on: its writer may only be idle."""
         found.add(path)
         if path in self._others:
             return
-        descriptor = os.open(path, os.O_RDONLY)
         is_recent = time.time() - stat.st_mtime < RECENT_S
         start = max(0, stat.st_size - FIRST_LOOK_BYTES) if is_recent else stat.st_size
         if start and is_recent:
-            start += os.pread(descriptor, 1 << 20, start).find(b"\n") + 1
-        self._others[path] = Place(path, descriptor, start)
+            start += _bytes_at(path, start, 1 << 20).find(b"\n") + 1
+        self._others[path] = start
 
-    def _read(self, place: Place, size: int) -> None:
-        data = os.pread(place.descriptor, size - place.offset, place.offset)
-        complete = data.rfind(b"\n") + 1
-        for line in data[:complete].split(b"\n")[:-1]:
+    def _read_slice(self, path: Path) -> bool:
+        """Read on in one segment; False at its end, as far as whole lines go."""
+        offset = self._others.get(path)
+        if offset is None:  # it was gone when somebody looked meanwhile
+            return False
+        try:
+            if os.stat(path).st_size == offset:
+                return False
+            data = more = _bytes_at(path, offset, SLICE_BYTES)
+            while len(more) == SLICE_BYTES and b"\n" not in more:  # a line may be longer
+                more = _bytes_at(path, offset + len(data), SLICE_BYTES)
+                data += more
+        except FileNotFoundError:  # sealed since: what it held is older than anybody asks for
+            return False
+        lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
+        for line in lines:
             if line.startswith(_ID_START):
                 name = line[len(_ID_START) : line.index(b'"', len(_ID_START))].decode()
-                self.remember((name,), place.path, place.offset)
+                self.remember((name,), path, offset)
             elif line.startswith(BATCH_PREFIX):
-                self.remember(names_of_batch(line), place.path, place.offset)
-            place.offset += len(line) + 1
+                self.remember(names_of_batch(line), path, offset)
+            offset += len(line) + 1
+        self._others[path] = offset
+        return bool(lines)
 
 
 def _decisions_in(line: bytes, name: str) -> list[Decision]:
@@ -162,6 +180,14 @@ def names_of_batch(line: bytes) -> list[str]:
         logger.error("event=log_line_damaged error=%r", str(error))
         return []
     return [ids.batch_id] if ids.batch_id else ids.decision_ids
+
+
+def _bytes_at(path: Path, offset: int, num_bytes: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, num_bytes, offset)
+    finally:
+        os.close(descriptor)
 
 
 def _line_at(path: Path, offset: int) -> bytes:

@@ -141,6 +141,7 @@ class PolicyReplica:
         self._background = [
             asyncio.create_task(self._variants.follow(), name="follow_registry"),
             asyncio.create_task(self._keys.follow(), name="follow_keys"),
+            asyncio.create_task(self._recall.follow(), name="follow_others"),
             asyncio.create_task(self._retry_log(), name="retry_log"),
             asyncio.create_task(report_for_ever(self._monitor, self.report), name="report_to_monitor"),
         ]
@@ -158,7 +159,6 @@ class PolicyReplica:
         for task in self._background:
             task.cancel()
         self._background = []
-        self._recall.close()
         await self._decisions.close()
         self._feedback.close()
         self._overrides.close()

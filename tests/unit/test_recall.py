@@ -1,5 +1,6 @@
 """Where a decision is in the logs of all replicas: found while they write, not found when it is not there, in bounded memory."""
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -118,7 +119,70 @@ def test_a_segment_that_is_gone_is_no_error(tmp_path: Path) -> None:
     path.unlink()
     recall.catch_up()
     assert names(recall, "a") == []
-    assert len(recall._others) == 0, "its descriptor is closed"
+    assert len(recall._others) == 0, "it is forgotten"
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_however_many_segments_there_are_none_is_kept_open(tmp_path: Path) -> None:
+    writers = [SegmentWriter(tmp_path, "decisions", f"other-{number}") for number in range(100)]
+    for number, writer in enumerate(writers):
+        writer.append(line(f"d{number}"))
+    recall, before = Recall(tmp_path, "me"), open_files()
+    recall.catch_up()
+    assert [names(recall, f"d{number}") for number in range(100)] == [[f"d{number}"] for number in range(100)]
+    assert open_files() == before
+    for writer in writers:
+        writer.close()
+    assert open_files() == before - 100, "negative control: an open file is counted"
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 100, 1000, 1 << 20])
+def test_slices_of_any_size_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slice_bytes: int) -> None:
+    """Also one that is smaller than a line, and where the last line is half written."""
+    monkeypatch.setattr(recall_module, "SLICE_BYTES", slice_bytes)
+    other = SegmentWriter(tmp_path, "decisions", "other")
+    other.append(b"".join(line(f"d{number}") for number in range(20)))
+    half, rest = line("half")[:50], line("half")[50:]
+    recall = Recall(tmp_path, "me")
+    other.append(half)
+    recall.catch_up()
+    assert [names(recall, f"d{number}") for number in range(20)] == [[f"d{number}"] for number in range(20)]
+    assert names(recall, "half") == []
+    other.append(rest)
+    recall.catch_up()
+    assert names(recall, "half") == ["half"]
+
+
+def test_after_a_pause_others_come_to_their_turn_while_it_reads_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a named request in the middle of it sees everything, as always."""
+    monkeypatch.setattr(recall_module, "SLICE_BYTES", 4096)
+    monkeypatch.setattr(recall_module, "FOLLOW_INTERVAL_S", 0.0)
+    other = SegmentWriter(tmp_path, "decisions", "other")
+    recall, num_decisions = Recall(tmp_path, "me"), 1000
+    recall.catch_up()
+    other.append(b"".join(line(f"d{number}") for number in range(num_decisions)))
+
+    async def run() -> list[int]:
+        follow, seen = asyncio.create_task(recall.follow()), []
+        async with asyncio.timeout(20):
+            while len(recall._newer) < num_decisions // 2:
+                seen.append(len(recall._newer))
+                await asyncio.sleep(0)
+        recall.catch_up()
+        assert names(recall, f"d{num_decisions - 1}") == [f"d{num_decisions - 1}"]
+        other.append(line("late"))
+        async with asyncio.timeout(20):
+            while not names(recall, "late"):
+                await asyncio.sleep(0)
+        follow.cancel()
+        return seen
+
+    seen = asyncio.run(run())
+    most_per_slice = 4096 // len(line("d0")) + 1
+    assert max(after - before for before, after in zip(seen, seen[1:])) <= most_per_slice
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xff", b"\x00", b'"'])
