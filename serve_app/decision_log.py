@@ -85,6 +85,11 @@ class SegmentWriter:
         self._is_unflushed = self._has_new_name = False
         return taken
 
+    def flush_too(self, path: Path) -> None:
+        """Have another writer's segment flushed with our own next time: what it appended may be in the page cache alone."""
+        with contextlib.suppress(FileNotFoundError):  # it was sealed meanwhile, and that is flushed
+            self._unflushed.append(os.open(path, os.O_RDONLY))
+
     def give_up(self) -> None:
         """Never write to the current segment again, nor flush what was not taken to be flushed."""
         self._is_unflushed = False

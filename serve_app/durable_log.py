@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -71,6 +71,22 @@ class DecisionLog:
             self._write(lines, lambda error, place: self._answer(asked, then, error, place))
         else:
             self._answer(asked, then, self._refusal(), None)
+
+    def tell(self, paths: Iterable[Path], then: Callable[[TrimtabError | None], None]) -> None:
+        """Call `then` when what other replicas have appended to these segments is as durable as what is appended here.
+
+        Another replica's line can be read before that one has flushed it, and must not be told before it is on the disk.
+        """
+        if self._commit is None:
+            return then(None)
+        try:
+            for path in paths:
+                self._writer.flush_too(path)
+            self._commit.after_sync(lambda error: then(None if error is None else self._not_told(error)))
+        except OSError as error:  # too many open files
+            then(self._not_told(error))
+        except Overloaded as error:
+            then(error)
 
     def retry(self) -> None:
         """Write down what is kept if it is time to. Call it each second: without requests nothing else would do it."""
@@ -194,6 +210,10 @@ class DecisionLog:
         if not self._is_failing:
             self._is_failing, self._changed_s = True, self._tried_s
             logger.error("event=log_failing on_failure=%s error=%r", self._on_failure, self._last_error)
+
+    @staticmethod
+    def _not_told(error: OSError) -> ServiceUnavailable:
+        return ServiceUnavailable(f"this was decided before, and it is not known to be on the disk: {error}")
 
     def _refusal(self) -> ServiceUnavailable:
         return ServiceUnavailable(f"the decision log cannot be written: {self._last_error}")

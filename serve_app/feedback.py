@@ -9,7 +9,7 @@ from policies.records import Feedback
 from serve_app.asgi import Request
 from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
-from serve_app.decision_log import SegmentWriter
+from serve_app.record_log import RecordLog
 from serve_app.wire import FeedbackRequest, encode, feedback_decoder
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class FeedbackIntake:
         self,
         *,
         decision_ids: DecisionIds,
-        log: SegmentWriter,
+        log: RecordLog,
         config: ServingConfig,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -41,14 +41,14 @@ class FeedbackIntake:
                 raise DecisionUnknown(
                     f"{where}decision {item.decision_id!r} was not made by this deployment; nothing was accepted"
                 )
-        self._write_down(items)
+        await self._write_down(items)
         return encode({"accepted": len(items)})
 
-    def _write_down(self, items: list[FeedbackRequest]) -> None:
+    async def _write_down(self, items: list[FeedbackRequest]) -> None:
         now = self._wall_clock()
         lines = [encode(Feedback(item.decision_id, now, item.reward, item.final)) + b"\n" for item in items]
         try:
-            self._log.append(b"".join(lines))
+            await self._log.append(b"".join(lines))
         except OSError as error:
             logger.error("event=feedback_not_logged num_items=%d error=%r", len(items), str(error))
             raise ServiceUnavailable(f"the feedback log cannot be written: {error}") from error

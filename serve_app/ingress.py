@@ -1,8 +1,9 @@
 """How one request becomes one logged decision: key, body, batch, features, arm and action, log line, answer."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable, TrimtabError
@@ -39,12 +40,14 @@ ARM_HEADER = b"x-trimtab-arm"  # with a key of scope operate: which arm is to an
 class Draft(NamedTuple):
     """An ask's result that goes out once its `line` is in the log; `names` are what it may be asked for by again.
 
-    Without a line there is nothing to write: a refusal, or an answer from the log.
+    Without a line there is nothing to write: a refusal, or an answer from the log. `told_from` are the segments of other replicas
+    that it, or a part of it, was found in.
     """
 
     result: Any
     line: bytes = b""
     names: tuple[str, ...] | list[str] = ()
+    told_from: tuple[Path, ...] = ()
 
 
 class Ingress:
@@ -147,6 +150,7 @@ class Ingress:
             if index not in drafts:
                 drafts[index] = self._decide_many(ask, snapshot)
         ordered = [drafts[index] for index in range(len(asks))]
+        delivers = [self._once_flushed(draft, deliver) for draft, deliver in zip(ordered, delivers)]
         num_decisions = sum([num_rows_of(ask) for ask, draft in zip(asks, ordered) if draft.line])
         self._write_down(ordered, delivers, num_decisions, snapshot)
         self._postpone(repeated)  # last: when something above raises, everybody in the batch is told so, and only once
@@ -196,9 +200,11 @@ class Ingress:
         if ask.is_all_or_nothing and encoded.refusals:
             return Draft(_first_of(encoded.refusals))
         told: dict[int, Any] = {row: failure_of(refusal) for row, refusal in encoded.refusals.items()}
+        told_from: tuple[Path, ...] = ()
         if ask.is_named and not ask.batch_id:  # each of them has a name of its own, and may have been asked for before
             found = {row: self._recall.find(name) for row, name in enumerate(ask.decision_ids) if row not in told}
             told |= {row: row_told_again(ask, row, logged[0], spaces) for row, logged in found.items() if logged}
+            told_from = self._others_segments([ask.decision_ids[row] for row, logged in found.items() if logged])
         keep = [place for place, row in enumerate(encoded.rows) if row not in told]
         rows = [encoded.rows[place] for place in keep]
         answers = self._answers_of_many(ask, encoded, keep, rows, snapshot)
@@ -212,11 +218,10 @@ class Ingress:
         told |= {row: failure_of(answer) for row, answer in undecided.items()}
         told |= {row: one_of_many(ask, row, answer, encoded) for row, answer in decided.items()}
         result = DecideManyAnswer(self._policy, [told[row] for row in range(len(ask.decision_ids))])
-        return (
-            self._draft_of_many(ask, encoded, list(decided), list(decided.values()), result, snapshot)
-            if decided
-            else Draft(result)
-        )
+        if not decided:
+            return Draft(result, told_from=told_from)
+        draft = self._draft_of_many(ask, encoded, list(decided), list(decided.values()), result, snapshot)
+        return draft._replace(told_from=told_from)
 
     def _draft_of_many(
         self, ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[Any], result: Any, snapshot: Snapshot
@@ -325,10 +330,25 @@ class Ingress:
             logged = find(name_of(ask)) if ask.is_named and name_of(ask) else []
             if logged:
                 try:
-                    drafts[index] = Draft(self._told_again(ask, logged, snapshot))
+                    told_from = self._others_segments([name_of(ask)])
+                    drafts[index] = Draft(self._told_again(ask, logged, snapshot), told_from=told_from)
                 except RequestRefused as error:
                     drafts[index] = Draft(error)
         return drafts
+
+    def _once_flushed(self, draft: Draft, deliver: Deliver) -> Deliver:
+        """Return what delivers a draft's result; what another replica has logged, only once that is durable too."""
+        if not draft.told_from:
+            return deliver
+
+        def tell(result: Any) -> None:
+            self._log.tell(draft.told_from, lambda error: deliver_each([error or result], [deliver]))
+
+        return tell
+
+    def _others_segments(self, names: Iterable[str]) -> tuple[Path, ...]:
+        found = {self._recall.others_segment(name) for name in names}
+        return tuple(path for path in found if path is not None)
 
     def _told_again(self, ask: Ask | ManyAsk, logged: list[Decision], snapshot: Snapshot) -> Any:
         spaces = snapshot.champion.policy.spaces

@@ -8,7 +8,7 @@ from policies.errors import DecisionUnknown, RequestInvalid, ServiceUnavailable
 from policies.records import Override
 from serve_app.asgi import Request
 from serve_app.decision_ids import DecisionIds
-from serve_app.decision_log import SegmentWriter
+from serve_app.record_log import RecordLog
 from serve_app.wire import MAX_NESTING, OverrideRequest, encode, is_nested_deeply, override_decoder
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class OverrideIntake:
         self,
         *,
         decision_ids: DecisionIds,
-        log: SegmentWriter,
+        log: RecordLog,
         max_body_bytes: int,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -39,7 +39,7 @@ class OverrideIntake:
             raise RequestInvalid(f"the action has more than {MAX_NESTING} levels of lists and objects; nothing was recorded")
         record = Override(decision_id, self._wall_clock(), asked.action, asked.reason, key_name)
         try:
-            self._log.append(encode(record) + b"\n")
+            await self._log.append(encode(record) + b"\n")
         except OSError as error:
             logger.error("event=override_not_logged decision_id=%s error=%r", decision_id, str(error))
             raise ServiceUnavailable(f"the log of overrides cannot be written: {error}") from error

@@ -107,6 +107,11 @@ class Recall:
             logger.error("event=log_line_damaged segment=%s offset=%d error=%r", *where, str(error))
             return []
 
+    def others_segment(self, name: str) -> Path | None:
+        """Return the segment of another replica, or of a former life, that a decision was found in; None for one of our own."""
+        where = None if name in self._kept else self._newer.get(name) or self._older.get(name)
+        return None if where is None or where[0].name.startswith(self._own_writer) else where[0]
+
     def _look_for_segments(self) -> None:
         """Take in segments that are new; each time, since a replica that dies right after its first decision has left one."""
         try:

@@ -28,6 +28,7 @@ from serve_app.local_decisions import LocalDecisions
 from serve_app.open_inference import OpenInference
 from serve_app.overrides import OverrideIntake
 from serve_app.recall import Recall
+from serve_app.record_log import RecordLog
 from serve_app.shadowing import Shadowing
 from serve_app.static_files import read_static_files
 from serve_app.status import StatusView
@@ -46,8 +47,8 @@ class PolicyReplica:
         self.name = f"replica-{int(self._started_at_s)}-{secrets.token_hex(4)}"  # new at each start, see SegmentWriter
         self._keys, decision_ids = KeyRing.of(storage), DecisionIds.of(storage)
         self._decisions = _decision_log(SegmentWriter(storage.decisions(policy), "decisions", self.name), settings)
-        self._feedback = SegmentWriter(storage.feedback(policy), "feedback", self.name)
-        self._overrides = SegmentWriter(storage.overrides(policy), "overrides", self.name)
+        self._feedback = RecordLog(storage.feedback(policy), "feedback", self.name, settings=settings)
+        self._overrides = RecordLog(storage.overrides(policy), "overrides", self.name, settings=settings)
         self._shadows = SegmentWriter(storage.shadows(policy), "shadows", self.name)
         self._shadowing = Shadowing(self._shadows, wall_clock=time.time)
         self._recall = Recall(storage.decisions(policy), self.name)
@@ -160,8 +161,8 @@ class PolicyReplica:
             task.cancel()
         self._background = []
         await self._decisions.close()
-        self._feedback.close()
-        self._overrides.close()
+        await self._feedback.close()
+        await self._overrides.close()
         self._shadows.close()
 
 

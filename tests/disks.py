@@ -41,6 +41,11 @@ class Disk:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._good.setdefault(stat.st_ino, []).append((begin, end))
 
+    def is_flushed(self, path: Path) -> bool:
+        """Say whether all of a file's bytes are on the disk."""
+        size = path.stat().st_size
+        return sum(end - begin for begin, end in self._good.get(path.stat().st_ino, [])) == size
+
     def after_power_cut(self, directory: Path) -> bytes:
         """Return the bytes of all files that would be there again, lost ranges as zeros."""
         contents = b""

@@ -22,6 +22,7 @@ from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.replica import PolicyReplica
 from serve_app.wire import encode
+from tests.disks import Disk
 from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release
 from trimtab.replay import replay
 
@@ -384,6 +385,45 @@ def test_what_is_being_flushed_is_waited_for_and_decided_anew_only_if_that_fails
     assert (first.status, again.json(), conflict.status) == (200, first.json(), 409) and first.json()["version"] == 2
     assert [d.decision_id.partition(".")[0] for d in logged(storage)].count("kept") == 1
     assert replica._ingress._being_logged == {}
+
+
+@pytest.mark.parametrize("names", ["request_id", "request_ids", "some of them"])
+def test_what_another_replica_has_not_flushed_is_told_once_it_is_on_the_disk(storage: Storage, names: str) -> None:
+    """The first replica's fsync hangs; the second finds the line, and must not tell it before a power cut would leave it."""
+    body: dict[str, Any] = {"observations": observations(2), "request_ids": ["a", "b"]}
+    if names == "request_id":
+        body = {"observation": [0.1, 0, 0, 0], "request_id": "a"}
+    again = {"observations": observations(3), "request_ids": ["a", "b", "c"]} if names == "some of them" else body
+    slow, fast = Disk(), Disk()
+    first, second = (replica_of(storage, durability="fsync") for _ in range(2))
+    for replica, disk in ((first, slow), (second, fast)):
+        replica._decisions._commit._fsync = disk.fsync
+    decision_id = DecisionIds.of(storage).name("a").encode()
+    key = storage.api_key_file.read_text()
+
+    async def scenario() -> None:
+        slow.can_go_on.clear()
+        fast.can_go_on.clear()
+        posts = [(first, body), (second, again)]
+        calls = []
+        for replica, asked in posts:
+            calls.append(asyncio.create_task(call(replica.api, "POST", "/v1/decide", json.dumps(asked).encode(), key=key)))
+            await asyncio.sleep(0.05)
+        assert not calls[1].done() and decision_id not in fast.after_power_cut(storage.decisions(NAME))
+        fast.can_go_on.set()
+        told = await asyncio.wait_for(calls[1], 10)
+        assert told.status == 200 and not calls[0].done()
+        flushed = [path for path in storage.decisions(NAME).iterdir() if path.name.startswith(first.name)]
+        assert [fast.is_flushed(path) for path in flushed] == [True]
+        fast.fails_next = True
+        lost = await call(second.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key)
+        assert lost.status == 503 and "not known to be on the disk" in lost.error
+        slow.can_go_on.set()
+        mine = await asyncio.wait_for(calls[0], 10)
+        told_rows = told.json()["decisions"][:2] if "decisions" in told.json() else told.json()
+        assert told_rows == (mine.json()["decisions"] if "decisions" in mine.json() else mine.json())
+
+    asyncio.run(scenario())
 
 
 def test_when_the_other_replicas_logs_cannot_be_read_only_named_requests_fail(

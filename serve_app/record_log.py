@@ -1,0 +1,38 @@
+"""When may a request be told that its records are accepted? Once they are as durable as decisions are."""
+
+import asyncio
+from pathlib import Path
+
+from policies.records import SegmentKind
+from serve_app.config import ServingConfig
+from serve_app.decision_log import SegmentWriter
+from serve_app.group_commit import GroupCommit
+
+
+class RecordLog:
+    """One replica's segments of feedback or overrides. `append` waits for an fsync where `serving.durability` asks for one."""
+
+    def __init__(self, directory: Path, kind: SegmentKind, writer: str, *, settings: ServingConfig) -> None:
+        self._writer = SegmentWriter(directory, kind, writer)
+        self.commit: GroupCommit | None = None
+        if settings.durability == "fsync":
+            self.commit = GroupCommit(self._writer, timeout_s=settings.log_timeout_s)
+
+    async def append(self, lines: bytes) -> None:
+        """Write whole lines with one system call, and wait until they are durable.
+
+        Raises `OSError` when they are not, or perhaps not, and `Overloaded` when too many wait for the disk already.
+        """
+        self._writer.append(lines)
+        if self.commit is None:
+            return
+        flushed: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
+        self.commit.after_sync(lambda error: None if flushed.done() else flushed.set_result(error))  # the client may be gone
+        error = await flushed
+        if error is not None:
+            raise error
+
+    async def close(self) -> None:
+        if self.commit is not None:
+            await self.commit.close()
+        self._writer.close()
