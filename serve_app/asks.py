@@ -41,6 +41,19 @@ class Ask(NamedTuple):
     deadline_s: float
     state: str | None
 
+    @property
+    def num_rows(self) -> int:
+        return 1
+
+    @property
+    def name(self) -> str:
+        return self.decision_id
+
+    @property
+    def names(self) -> Sequence[str]:
+        """All that is asked for under a name that the client gave."""
+        return (self.decision_id,) if self.is_named else ()
+
 
 class ManyAsk(NamedTuple):
     """Many decisions of one request. What is not a list is the same for all.
@@ -66,6 +79,22 @@ class ManyAsk(NamedTuple):
     deadline_s: float
     is_all_or_nothing: bool
     states: Sequence[str | None] | None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.decision_ids)
+
+    @property
+    def name(self) -> str:
+        """What the request as a whole may be known by; empty where its decisions have names of their own."""
+        return self.batch_id
+
+    @property
+    def names(self) -> Sequence[str]:
+        """All that is asked for under a name that the client gave: the request for many, or its decisions."""
+        if not self.is_named:
+            return ()
+        return (self.batch_id,) if self.batch_id else self.decision_ids
 
     def unit_list(self) -> list[str]:
         return self.unit_ids if isinstance(self.unit_ids, list) else [self.unit_ids] * len(self.decision_ids)

@@ -16,7 +16,7 @@ import httptools
 from policies.errors import Overloaded, RequestInvalid, RequestRefused, ServiceUnavailable
 from serve_app.asgi import JSON, Request, Response, require_plain, too_large
 from serve_app.http_api import HttpApi, error_response
-from serve_app.ingress import ARM_HEADER, Ingress, num_rows_of
+from serve_app.ingress import ARM_HEADER, Ingress
 from serve_app.keys import ApiKey
 from serve_app.known_heads import KnownHead, Received, has_head, learn_head
 from serve_app.wire import encode
@@ -303,7 +303,7 @@ class Connection(asyncio.Protocol):
             return self._send_counted(self._lane.api.failure_response(error, received.path), received)
         try:
             ask = self._lane.ingress.ask(received.body, key, started_s=received.started_s, arm=received.arm)
-            self._lane.ingress.batcher.submit(ask, lambda result: self._decided(result, received), num_rows=num_rows_of(ask))
+            self._lane.ingress.batcher.submit(ask, lambda result: self._decided(result, received), num_rows=ask.num_rows)
         except Exception as error:
             key.usage.end()
             response = self._lane.api.failure_response(error, received.path)

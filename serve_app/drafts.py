@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,19 @@ from serve_app.asks import Ask, ManyAsk
 from serve_app.deciding import Answer
 from serve_app.features import Encoded
 from serve_app.wire import DecideAnswer, DecideFailure, Explanation, Failure
+
+
+class Draft(NamedTuple):
+    """An ask's result that goes out once its `line` is in the log; `names` are what it may be asked for by again.
+
+    Without a line there is nothing to write: a refusal, or an answer from the log. `told_from` are the segments of other replicas
+    that it, or a part of it, was found in.
+    """
+
+    result: Any
+    line: bytes = b""
+    names: tuple[str, ...] | list[str] = ()
+    told_from: tuple[Path, ...] = ()
 
 
 class Moment(NamedTuple):

@@ -1,53 +1,29 @@
 """How one request becomes one logged decision: key, body, batch, features, arm and action, log line, answer."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable, TrimtabError
-from policies.records import Decision
 from serve_app.asgi import Request
 from serve_app.asks import Ask, AskReader, ManyAsk
 from serve_app.batcher import Batcher, Deliver, deliver_each
 from serve_app.config import ServingConfig
 from serve_app.deciding import Answer, Decider, Rows
 from serve_app.decision_ids import DecisionIds
-from serve_app.drafts import (
-    Moment,
-    answer_of,
-    batch_of,
-    decision_of,
-    failure_of,
-    one_of_many,
-    row_told_again,
-    told_again,
-)
-from serve_app.durable_log import DecisionLog, Place, Where
+from serve_app.drafts import Draft, Moment, answer_of, batch_of, decision_of, failure_of, one_of_many
+from serve_app.durable_log import DecisionLog, Place
 from serve_app.features import Encoded, encode_numbers
 from serve_app.features import encode as encode_features
 from serve_app.keys import ApiKey, require
 from serve_app.recall import Recall
 from serve_app.repair import Repair
+from serve_app.repetitions import Repetitions
 from serve_app.shadowing import Shadowing
 from serve_app.variants import Snapshot, VariantStore
 from serve_app.wire import DecideManyAnswer, encode
 
 ARM_HEADER = b"x-trimtab-arm"  # with a key of scope operate: which arm is to answer, for testers
-
-
-class Draft(NamedTuple):
-    """An ask's result that goes out once its `line` is in the log; `names` are what it may be asked for by again.
-
-    Without a line there is nothing to write: a refusal, or an answer from the log. `told_from` are the segments of other replicas
-    that it, or a part of it, was found in.
-    """
-
-    result: Any
-    line: bytes = b""
-    names: tuple[str, ...] | list[str] = ()
-    told_from: tuple[Path, ...] = ()
 
 
 class Ingress:
@@ -69,20 +45,19 @@ class Ingress:
         self.reader = AskReader(decision_ids)
         self._variants = variants
         self._log = log
-        self._recall = recall
         self._shadowing = shadowing
         self.decider = Decider(config, now_s=time.perf_counter)
         self._repair = Repair(config.fallback.repair, config.fallback.fill) if config.fallback.repair else None
         self._request_modes = config.request_modes
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
-        # Names of decisions whose lines are being flushed, and who asks for one of them again meanwhile.
-        self._being_logged: dict[str, list[tuple[Ask | ManyAsk, Deliver]]] = {}
-        self._is_stopping = False
         # What shadows are asked about when this batch's answers have left.
         self._shown: list[tuple[Rows, list[Answer | ServiceUnavailable]]] = []
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
             self._answer_batch, max_batch_size=config.max_batch_size, max_queue=config.max_queue
+        )
+        self.repetitions = Repetitions(
+            policy, log, recall, lambda ask, deliver: self.batcher.submit_again(ask, deliver, num_rows=ask.num_rows)
         )
 
     async def decide(self, request: Request, key: ApiKey) -> bytes:
@@ -90,14 +65,7 @@ class Ingress:
         started_s = time.perf_counter()
         body = await request.body(self._max_body_bytes)
         ask = self.ask(body, key, started_s=started_s, arm=request.header(ARM_HEADER))
-        return encode(await self.batcher.answer(ask, num_rows=num_rows_of(ask)))
-
-    def stop(self) -> None:
-        """Send whoever waits for another request's flush elsewhere, from now on at once: the flush may outlive this replica."""
-        self._is_stopping = True
-        for waiting in self._being_logged.values():
-            deliver_each([_stopping()] * len(waiting), [deliver for _, deliver in waiting])
-            waiting.clear()
+        return encode(await self.batcher.answer(ask, num_rows=ask.num_rows))
 
     def ask(self, body: bytes, key: ApiKey, *, started_s: float, arm: bytes | None = None) -> Ask | ManyAsk:
         """Return what a body asks for; raises `RequestRefused`. A tester may name the `arm` that is to answer."""
@@ -132,13 +100,7 @@ class Ingress:
         """
         snapshot, now_s = self.snapshot(), time.perf_counter()
         self._shown = []
-        drafts: dict[int, Draft] = {}
-        repeated: list[tuple[Ask | ManyAsk, Deliver]] = []
-        if any([ask.is_named for ask in asks]):
-            unreadable = self._catch_up()
-            find = cache(self._recall.find)  # however many repeat one request, its line is read once
-            asks, delivers, repeated = self._without_repeated(asks, delivers, find)
-            drafts = self._from_the_log(asks, snapshot, find, unreadable)
+        asks, delivers, drafts, repeated = self.repetitions.sort_out(asks, delivers, snapshot.champion.policy.spaces)
         for index, ask in enumerate(asks):
             if ask.deadline_s < now_s:
                 late_ms = 1000 * (now_s - ask.deadline_s)
@@ -150,10 +112,10 @@ class Ingress:
             if index not in drafts:
                 drafts[index] = self._decide_many(ask, snapshot)
         ordered = [drafts[index] for index in range(len(asks))]
-        delivers = [self._once_flushed(draft, deliver) for draft, deliver in zip(ordered, delivers)]
-        num_decisions = sum([num_rows_of(ask) for ask, draft in zip(asks, ordered) if draft.line])
+        delivers = [self.repetitions.once_flushed(draft, deliver) for draft, deliver in zip(ordered, delivers)]
+        num_decisions = sum([ask.num_rows for ask, draft in zip(asks, ordered) if draft.line])
         self._write_down(ordered, delivers, num_decisions, snapshot)
-        self._postpone(repeated)  # last: when something above raises, everybody in the batch is told so, and only once
+        self.repetitions.postpone(repeated)  # last: when something above raises, everybody in the batch is told so, and only once
 
     def _decide_singles(self, asks: list[Ask], snapshot: Snapshot) -> list[Draft]:
         """Return a draft for each of the requests for one decision, which are decided together."""
@@ -200,15 +162,12 @@ class Ingress:
         if ask.is_all_or_nothing and encoded.refusals:
             return Draft(_first_of(encoded.refusals))
         told: dict[int, Any] = {row: failure_of(refusal) for row, refusal in encoded.refusals.items()}
-        told_from: tuple[Path, ...] = ()
-        if ask.is_named and not ask.batch_id:  # each of them has a name of its own, and may have been asked for before
-            found = {row: self._recall.find(name) for row, name in enumerate(ask.decision_ids) if row not in told}
-            told |= {row: row_told_again(ask, row, logged[0], spaces) for row, logged in found.items() if logged}
-            told_from = self._others_segments([ask.decision_ids[row] for row, logged in found.items() if logged])
+        again, told_from = self.repetitions.rows_told_again(ask, [row for row in range(ask.num_rows) if row not in told], spaces)
+        told |= again
         keep = [place for place, row in enumerate(encoded.rows) if row not in told]
         rows = [encoded.rows[place] for place in keep]
         answers = self._answers_of_many(ask, encoded, keep, rows, snapshot)
-        if len(answers) == len(ask.decision_ids) and all([type(answer) is Answer for answer in answers]):
+        if len(answers) == ask.num_rows and all([type(answer) is Answer for answer in answers]):
             decisions = [one_of_many(ask, row, answer, encoded) for row, answer in enumerate(answers)]
             return self._draft_of_many(ask, encoded, rows, answers, DecideManyAnswer(self._policy, decisions), snapshot)
         decided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, Answer)}
@@ -217,7 +176,7 @@ class Ingress:
             return Draft(_first_of(undecided))
         told |= {row: failure_of(answer) for row, answer in undecided.items()}
         told |= {row: one_of_many(ask, row, answer, encoded) for row, answer in decided.items()}
-        result = DecideManyAnswer(self._policy, [told[row] for row in range(len(ask.decision_ids))])
+        result = DecideManyAnswer(self._policy, [told[row] for row in range(ask.num_rows)])
         if not decided:
             return Draft(result, told_from=told_from)
         draft = self._draft_of_many(ask, encoded, list(decided), list(decided.values()), result, snapshot)
@@ -244,7 +203,7 @@ class Ingress:
     ) -> list[Answer | ServiceUnavailable]:
         if not rows:
             return []
-        is_all = len(rows) == len(ask.decision_ids)
+        is_all = len(rows) == ask.num_rows
         units = ask.unit_list()
         return self._decide(
             Rows(
@@ -259,36 +218,6 @@ class Ingress:
             ),
             snapshot,
         )
-
-    def _without_repeated(
-        self, asks: list[Ask | ManyAsk], delivers: list[Deliver], find: Callable[[str], list[Decision]]
-    ) -> tuple[list[Ask | ManyAsk], list[Deliver], list[tuple[Ask | ManyAsk, Deliver]]]:
-        """Return the batch without requests for what is being logged, or is asked for by an earlier one of it; and those.
-
-        What is in the log already may be asked for any number of times in one batch.
-        """
-        seen: set[str] = set()
-        first: list[int] = []
-        repeated: list[tuple[Ask | ManyAsk, Deliver]] = []
-        for index, ask in enumerate(asks):
-            names = names_of(ask)
-            if any([name in self._being_logged or (name in seen and not find(name)) for name in names]):
-                repeated.append((ask, delivers[index]))
-            else:
-                first.append(index)
-                seen.update(names)
-        return [asks[index] for index in first], [delivers[index] for index in first], repeated
-
-    def _postpone(self, repeated: list[tuple[Ask | ManyAsk, Deliver]]) -> None:
-        """Have requests answered when what they repeat is in the log: in the next batch, or once it is flushed."""
-        for ask, deliver in repeated:
-            waiting = next((self._being_logged[name] for name in names_of(ask) if name in self._being_logged), None)
-            if waiting is None:
-                self.batcher.submit_again(ask, deliver, num_rows=num_rows_of(ask))
-            elif self._is_stopping:
-                deliver_each([_stopping()], [deliver])
-            else:
-                waiting.append((ask, deliver))
 
     def _decide(self, rows: Rows, snapshot: Snapshot) -> list[Answer | ServiceUnavailable]:
         answers = self.decider.decide(rows, snapshot)
@@ -307,61 +236,6 @@ class Ingress:
             rows.mask_BA[answered] if rows.mask_BA is not None else None,
         )
 
-    def _catch_up(self) -> ServiceUnavailable | None:
-        """Learn what other replicas have logged; return why named requests are refused where that is not possible."""
-        try:
-            self._recall.catch_up()
-        except OSError as error:  # who has no name is answered nevertheless
-            return ServiceUnavailable(f"what other replicas have logged cannot be read: {error}")
-        return None
-
-    def _from_the_log(
-        self,
-        asks: list[Ask | ManyAsk],
-        snapshot: Snapshot,
-        find: Callable[[str], list[Decision]],
-        unreadable: ServiceUnavailable | None,
-    ) -> dict[int, Draft]:
-        """Return what was decided for requests that came before: the same id is the same decision, whatever the plan is now."""
-        if unreadable is not None:
-            return {index: Draft(unreadable) for index, ask in enumerate(asks) if ask.is_named}
-        drafts: dict[int, Draft] = {}
-        for index, ask in enumerate(asks):
-            logged = find(name_of(ask)) if ask.is_named and name_of(ask) else []
-            if logged:
-                try:
-                    told_from = self._others_segments([name_of(ask)])
-                    drafts[index] = Draft(self._told_again(ask, logged, snapshot), told_from=told_from)
-                except RequestRefused as error:
-                    drafts[index] = Draft(error)
-        return drafts
-
-    def _once_flushed(self, draft: Draft, deliver: Deliver) -> Deliver:
-        """Return what delivers a draft's result; what another replica has logged, only once that is durable too."""
-        if not draft.told_from:
-            return deliver
-
-        def tell(result: Any) -> None:
-            self._log.tell(draft.told_from, lambda error: deliver_each([error or result], [deliver]))
-
-        return tell
-
-    def _others_segments(self, names: Iterable[str]) -> tuple[Path, ...]:
-        found = {self._recall.others_segment(name) for name in names}
-        return tuple(path for path in found if path is not None)
-
-    def _told_again(self, ask: Ask | ManyAsk, logged: list[Decision], snapshot: Snapshot) -> Any:
-        spaces = snapshot.champion.policy.spaces
-        if isinstance(ask, Ask):
-            return told_again(ask, logged[0], self._policy, spaces)
-        by_id = {decision.decision_id: decision for decision in logged}
-        refused = RequestInvalid("this one was not answered when the request came before; ask for it under a new id")
-        rows = [
-            row_told_again(ask, row, by_id[name], spaces) if name in by_id else failure_of(refused)
-            for row, name in enumerate(ask.decision_ids)
-        ]
-        return DecideManyAnswer(self._policy, rows)
-
     def _write_down(self, drafts: list[Draft], delivers: list[Deliver], num_decisions: int, snapshot: Snapshot) -> None:
         """Have the batch logged with one write, and let the answers go once it is: what is not logged is not answered.
 
@@ -371,60 +245,20 @@ class Ingress:
         lines = b"".join([draft.line for draft in drafts])
         if not lines:
             return deliver_each([draft.result for draft in drafts], delivers)
-
-        names = [name for draft in drafts for name in draft.names]
-        waiting: list[tuple[Ask | ManyAsk, Deliver]] = []
-        is_over = False
+        end_logging = self.repetitions.begin_logging(drafts)
 
         def logged(error: TrimtabError | None, place: Place | None) -> None:
-            nonlocal is_over
-            is_over = True
-            for name in names:
-                self._being_logged.pop(name, None)
-            answer(error, place)
-            self._postpone(waiting)
-
-        def answer(error: TrimtabError | None, place: Place | None) -> None:
             if error is not None:
-                return deliver_each([error if draft.line else draft.result for draft in drafts], delivers)
+                deliver_each([error if draft.line else draft.result for draft in drafts], delivers)
+                return end_logging()
             if place is not None:
-                self._remember(drafts, place)
+                self.repetitions.remember(drafts, place)
             deliver_each([draft.result for draft in drafts], delivers)
+            end_logging()
             for rows, answers in shown:
                 self._offer_to_shadows(rows, answers, snapshot)
 
-        self._log.append(lines, num_decisions, logged, lambda where: self._remember(drafts, where))
-        if not is_over:
-            self._being_logged.update(dict.fromkeys(names, waiting))
-
-    def _remember(self, drafts: list[Draft], where: Where) -> None:
-        """Have what was decided told again, from wherever its line is."""
-        offset = 0
-        for draft in drafts:
-            if where == "kept":
-                self._recall.keep(draft.names, draft.line)
-            elif where == "dropped":
-                self._recall.forget(draft.names)
-            elif draft.names:
-                self._recall.remember(draft.names, where[0], where[1] + offset)
-            offset += len(draft.line)
-
-
-def name_of(ask: Ask | ManyAsk) -> str:
-    """Return what a request may be known by already; empty for many decisions that have names of their own."""
-    return ask.decision_id if isinstance(ask, Ask) else ask.batch_id
-
-
-def names_of(ask: Ask | ManyAsk) -> Sequence[str]:
-    """Return all that a request asks for under a name that its client gave: decisions, or one request for many."""
-    if not ask.is_named:
-        return ()
-    return (name_of(ask),) if name_of(ask) else ask.decision_ids  # type: ignore[union-attr]
-
-
-def num_rows_of(ask: Ask | ManyAsk) -> int:
-    """Return how many decisions are asked for."""
-    return 1 if isinstance(ask, Ask) else len(ask.decision_ids)
+        self._log.append(lines, num_decisions, logged, lambda where: self.repetitions.remember(drafts, where))
 
 
 def _first_of(refusals: dict[int, Any]) -> RequestRefused:
@@ -433,10 +267,6 @@ def _first_of(refusals: dict[int, Any]) -> RequestRefused:
     error = refusals[row]
     where = f"observation {row} of the request: {error}"
     return RequestInvalid(where, error.status) if isinstance(error, RequestInvalid) else type(error)(where)
-
-
-def _stopping() -> ServiceUnavailable:
-    return ServiceUnavailable("this replica stops, and the request that this one repeats is not in the log yet; ask again")
 
 
 def _unless_all_none(values: list[Any]) -> list[Any] | None:

@@ -14,7 +14,7 @@ from policies.observations import Bits, Box, Categories, Group, Observation
 from policies.spaces import ACTION_MASK, Choices, Spaces
 from serve_app.asgi import Request, Response
 from serve_app.asks import ManyAsk
-from serve_app.ingress import Ingress, num_rows_of
+from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey, require
 from serve_app.tensors_http import BYTES, InferRequest, read_request, write_response
 from serve_app.variants import Snapshot
@@ -68,7 +68,7 @@ class OpenInference:
         body = await request.body(self._max_body_bytes)
         asked, tensors = read_request(body, request.header(b"inference-header-content-length"))
         ask = self._ask(asked, tensors, snapshot, version, started_s)
-        result: DecideManyAnswer = await self._ingress.batcher.answer(ask, num_rows=num_rows_of(ask))
+        result: DecideManyAnswer = await self._ingress.batcher.answer(ask, num_rows=ask.num_rows)
         return self._response(asked, result, snapshot)
 
     def _known(self, name: str, version: str | None) -> Snapshot:

@@ -154,7 +154,7 @@ class PolicyReplica:
             self._decisions.retry()
 
     async def _stop(self) -> None:
-        self._ingress.stop()
+        self._ingress.repetitions.stop()
         await self._direct.stop()
         self._endpoint = None
         for task in self._background:

@@ -240,7 +240,7 @@ def test_repetitions_that_come_while_the_first_is_being_flushed_are_one_decision
     replies = asyncio.run(run())
     assert [reply.status for reply in replies] == [200] * 5 + [409]
     assert len({reply.body for reply in replies[:5]}) == 1 and len(logged(storage)) == 1
-    assert replica._ingress._being_logged == {}
+    assert replica._ingress.repetitions._being_logged == {}
 
 
 @pytest.mark.parametrize("durability", ["write", "fsync"])

@@ -241,7 +241,7 @@ def test_a_plan_change_between_two_tries_leaves_the_logged_decision_in_force(sto
     versions = {item["version"] for item in first.json()["decisions"]} if many else {first.json()["version"]}
     assert versions == {2} and len(logged(storage)) == (5 if many else 1)
     # Negative control: without a look into the log the new plan's champion would have answered.
-    second_replica._ingress._recall.find = lambda name: []
+    second_replica._ingress.repetitions._recall.find = lambda name: []
     [without] = ask(storage, second_replica, body)
     versions = {item["version"] for item in without.json()["decisions"]} if many else {without.json()["version"]}
     assert versions == {1}
@@ -316,7 +316,7 @@ def test_what_the_disk_did_not_take_is_told_again_from_memory_and_then_from_the_
         assert again.json() == first.json() and log.status()["num_unlogged"] == (4 if many else 2)
         assert conflict.status == 409 if not many else conflict.json()["decisions"][0]["error"]["status"] == 409
         # Negative control: without a look at what is kept it is decided again.
-        patched.setattr(replica._ingress._recall, "_kept", {})
+        patched.setattr(replica._ingress.repetitions._recall, "_kept", {})
         assert ask(storage, replica, body)[0].json() != first.json()
         log._kept.pop()
 
@@ -327,7 +327,7 @@ def test_what_the_disk_did_not_take_is_told_again_from_memory_and_then_from_the_
     log._tried_s -= 10
     asyncio.run(back())
     [later] = ask(storage, replica, body)
-    assert later.json() == first.json() and replica._ingress._recall._kept == {}
+    assert later.json() == first.json() and replica._ingress.repetitions._recall._kept == {}
     assert len(logged(storage)) == (4 if many else 2)
 
 
@@ -343,7 +343,7 @@ def test_what_was_dropped_is_not_remembered(storage: Storage, monkeypatch: pytes
         ask(storage, replica, {"observation": [0.1, 0, 0, 0], "request_id": name})
     status = replica._decisions.status()
     assert (status["num_buffered"], status["num_dropped"]) == (1, 1)
-    assert [name.partition(".")[0] for name in replica._ingress._recall._kept] == ["kept"]
+    assert [name.partition(".")[0] for name in replica._ingress.repetitions._recall._kept] == ["kept"]
 
 
 def test_what_is_being_flushed_is_waited_for_and_decided_anew_only_if_that_fails(storage: Storage) -> None:
@@ -377,14 +377,14 @@ def test_what_is_being_flushed_is_waited_for_and_decided_anew_only_if_that_fails
             return await asyncio.gather(*calls)
 
     assert [reply.status for reply in asyncio.run(thrice("lost", "pause"))] == [503, 503, 503]
-    assert replica._ingress._being_logged == {}
+    assert replica._ingress.repetitions._being_logged == {}
     gate.clear()
     fails = False
     replica._decisions._tried_s -= 10  # as if it had been failing for long
     first, again, conflict = asyncio.run(thrice("kept", "rollback"))
     assert (first.status, again.json(), conflict.status) == (200, first.json(), 409) and first.json()["version"] == 2
     assert [d.decision_id.partition(".")[0] for d in logged(storage)].count("kept") == 1
-    assert replica._ingress._being_logged == {}
+    assert replica._ingress.repetitions._being_logged == {}
 
 
 @pytest.mark.parametrize("names", ["request_id", "request_ids", "some of them"])
@@ -434,7 +434,7 @@ def test_when_the_other_replicas_logs_cannot_be_read_only_named_requests_fail(
     def refuse() -> None:
         raise PermissionError(13, "not yours")
 
-    monkeypatch.setattr(replica._ingress._recall, "catch_up", refuse)
+    monkeypatch.setattr(replica._ingress.repetitions._recall, "catch_up", refuse)
     named, unnamed = ask(storage, replica, {"observation": [0, 0, 0, 0], "request_id": "r"}, {"observation": [0, 0, 0, 0]})
     assert (named.status, unnamed.status) == (503, 200) and "not yours" in named.error
 
