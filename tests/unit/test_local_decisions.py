@@ -208,6 +208,7 @@ LIES = {
     "a shield": (lambda s: {"shield": ""}, 422, "rung, shield"),
     "an arm of the client's choice": (lambda s: {"assigned": "request"}, 422, "rung, shield"),
     "a fallback without a reason": (lambda s: {"rung": "champion"}, 422, "rung, shield"),
+    "an engine that local clients have not": (lambda s: {"engines": {"1": "onnxruntime==1.32.0"}}, 422, "repair and engines"),
     "a plan to come": (lambda s: {"plan": 99}, 503, "this replica is at plan 2"),
     "a plan before all": (lambda s: {"plan": -(10**30)}, 422, "plan -1000000"),
     "a release that no column holds": (lambda s: {"release": 2**63}, 422, "plan 2 is of release 0"),
