@@ -74,6 +74,7 @@ class LocalDecisions:
         self._max_body_bytes = config.max_body_bytes
         self._has_shield = config.shield.is_on
         self._wall_clock = wall_clock
+        self.num_accepted = 0
         self._num_files = 0
         self._digests: dict[int, str] = {}  # of the versions that were seen
 
@@ -138,6 +139,7 @@ class LocalDecisions:
             if problem:
                 raise RequestInvalid(f"{where}: {problem}; nothing was accepted")
         await self._write_down(asked.decisions)
+        self.num_accepted += len(asked.decisions)
         return encode({"accepted": len(asked.decisions)})
 
     def _snapshot(self) -> Snapshot:
