@@ -59,7 +59,7 @@ class Tally:
         answers = [answer for answer in self._answers if type(answer) is Answer]
         for (arm, version, rung, shield), number in Counter(map(_WHAT_COUNTS, answers)).items():
             self._decisions[arm, version, rung] += number
-            self._num_shielded += number if shield is not None else 0
+            self._num_shielded += number if shield else 0  # "": it agreed
         took_s = np.array(self._took_s)
         places = np.searchsorted(LATENCY_BUCKETS_S, took_s, side="left")  # an edge belongs to the bucket below it
         self._num_in_bucket += np.bincount(places, minlength=len(self._num_in_bucket))
