@@ -46,6 +46,7 @@ class Batcher(Generic[Item]):
         self._waiting: deque[tuple[Item, int, Deliver, float]] = deque()
         self._num_rows = 0
         self._is_scheduled = False
+        self.num_batches = 0
 
     def __len__(self) -> int:
         """Return how many rows wait."""
@@ -93,6 +94,7 @@ class Batcher(Generic[Item]):
         if self._waiting:
             self._schedule()
         began_s = self._now_s()
+        self.num_batches += 1
         try:
             self._handle(items, delivers)
         except Exception as error:

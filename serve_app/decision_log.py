@@ -31,7 +31,8 @@ class SegmentWriter:
         self._header = msgspec.json.encode(SegmentHeader(SCHEMA_VERSION, kind, writer)) + b"\n"
         self._writer = writer
         self._segment_bytes = segment_bytes
-        self._num_segments = 0
+        self.num_segments = 0  # begun
+        self.num_bytes = 0  # written, also of lines that were not written whole
         self._descriptor: int | None = None
         self._size_bytes = 0
         self._path = directory
@@ -102,8 +103,8 @@ class SegmentWriter:
         """Start the next segment; it gets its name, and with it readers, only when it is locked and its header is complete."""
         self.close()
         make_directory(self._directory)
-        self._num_segments += 1  # also when it fails: a name is used once
-        self._path = path = self._directory / f"{self._writer}-{self._num_segments:06d}.jsonl"
+        self.num_segments += 1  # also when it fails: a name is used once
+        self._path = path = self._directory / f"{self._writer}-{self.num_segments:06d}.jsonl"
         temporary = path.with_name(f".tmp-{path.name}")
         self._descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         self._size_bytes = 0
@@ -122,6 +123,7 @@ class SegmentWriter:
         assert self._descriptor is not None
         num_written = os.write(self._descriptor, data)
         self._size_bytes += num_written
+        self.num_bytes += num_written
         if num_written != len(data):
             raise OSError(f"only {num_written} of {len(data)} bytes were written: the disk is probably full")
 

@@ -62,7 +62,7 @@ class DecisionLog:
         self._is_failing = False
         self._changed_s = self._tried_s = monotonic()
         self._last_error: str | None = None
-        self._num_unlogged = self._num_dropped = 0
+        self._num_unlogged = self._num_dropped = self._num_failures = 0
 
     def append(self, lines: bytes, num_decisions: int, then: Then, moved: Moved = lambda where: None) -> None:
         """Write whole lines with one system call and call `then` when they are logged, refused or kept."""
@@ -102,6 +102,7 @@ class DecisionLog:
             "state": "failing" if self._is_failing else "ok",
             "since_s": self._monotonic() - self._changed_s,
             "last_error": self._last_error,
+            "num_failures": self._num_failures,
             "num_unlogged": self._num_unlogged,
             "num_buffered": sum(lines.num_decisions for lines in self._kept),
             "num_dropped": self._num_dropped,
@@ -207,6 +208,7 @@ class DecisionLog:
 
     def _note_failure(self, error: OSError) -> None:
         self._last_error, self._tried_s = str(error), self._monotonic()
+        self._num_failures += 1
         if not self._is_failing:
             self._is_failing, self._changed_s = True, self._tried_s
             logger.error("event=log_failing on_failure=%s error=%r", self._on_failure, self._last_error)

@@ -30,6 +30,7 @@ class FeedbackIntake:
         self._log = log
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
+        self.num_accepted = 0
 
     async def accept(self, request: Request) -> bytes:
         """Return `{"accepted": n}`; raises `DecisionUnknown` naming the item whose decision we never made."""
@@ -42,6 +43,7 @@ class FeedbackIntake:
                     f"{where}decision {item.decision_id!r} was not made by this deployment; nothing was accepted"
                 )
         await self._write_down(items)
+        self.num_accepted += len(items)
         return encode({"accepted": len(items)})
 
     async def _write_down(self, items: list[FeedbackRequest]) -> None:

@@ -12,6 +12,7 @@ from serve_app.feedback import FeedbackIntake
 from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey, KeyRing
 from serve_app.local_decisions import LocalDecisions
+from serve_app.metrics import TEXT_FORMAT, ReplicaMetrics
 from serve_app.open_inference import OpenInference
 from serve_app.openapi import openapi_document
 from serve_app.overrides import OverrideIntake
@@ -60,6 +61,7 @@ class HttpApi:
         open_inference: OpenInference,
         overrides: OverrideIntake,
         local: LocalDecisions,
+        metrics: ReplicaMetrics,
         own_endpoint: Callable[[], str | None],
         start: Callable[[], Awaitable[None]],
         stop: Callable[[], Awaitable[None]],
@@ -77,6 +79,7 @@ class HttpApi:
         self._open_inference = open_inference
         self._overrides = overrides
         self._local = local
+        self._metrics = metrics
         self.routes: dict[str, Route] = {
             "/v1/decide": Route("POST", ("decide",), self._decide),
             "/v1/feedback": Route("POST", ("feedback",), self._accept_feedback),
@@ -88,6 +91,7 @@ class HttpApi:
             "/v2/health/live": Route("GET", (), self._is_alive),
             "/v2/health/ready": Route("GET", (), self._is_ready),
             "/openapi.json": Route("GET", ("decide", "read"), self._describe_api),
+            "/metrics": Route("GET", ("read",), self._show_metrics),
             "/healthz": Route("GET", (), self._is_alive),
             "/readyz": Route("GET", (), self._is_ready),
         }
@@ -183,6 +187,9 @@ class HttpApi:
 
     async def _show_status(self, request: Request, key: ApiKey | None) -> Response:
         return Response(200, encode(await self._status.read()))
+
+    async def _show_metrics(self, request: Request, key: ApiKey | None) -> Response:
+        return Response(200, self._metrics.text(), TEXT_FORMAT)
 
     async def _show_endpoints(self, request: Request, key: ApiKey | None) -> Response:
         """Say where replicas answer directly: this one, and those that the monitor has heard of within seconds."""

@@ -1,5 +1,6 @@
 """How one request becomes one logged decision: key, body, batch, features, arm and action, log line, answer."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +21,16 @@ from serve_app.recall import Recall
 from serve_app.repair import Repair
 from serve_app.repetitions import Repetitions
 from serve_app.shadowing import Shadowing
+from serve_app.tally import Tally
 from serve_app.variants import Snapshot, VariantStore
 from serve_app.wire import DecideManyAnswer, encode
 
 ARM_HEADER = b"x-trimtab-arm"  # with a key of scope operate: which arm is to answer, for testers
+
+
+logger = logging.getLogger(__name__)
+
+Decided = tuple[Rows, list[Answer | ServiceUnavailable]]
 
 
 class Ingress:
@@ -51,8 +58,10 @@ class Ingress:
         self._request_modes = config.request_modes
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
-        # What shadows are asked about when this batch's answers have left.
-        self._shown: list[tuple[Rows, list[Answer | ServiceUnavailable]]] = []
+        # What of this batch is counted, and shown to shadows, when its answers have left.
+        self._decided: list[Decided] = []
+        self._num_repaired = 0
+        self.tally = Tally()
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
             self._answer_batch, max_batch_size=config.max_batch_size, max_queue=config.max_queue
         )
@@ -99,7 +108,7 @@ class Ingress:
         The snapshot is read once: a new plan comes into force between batches, never within one.
         """
         snapshot, now_s = self.snapshot(), time.perf_counter()
-        self._shown = []
+        self._decided, self._num_repaired = [], 0
         asks, delivers, drafts, repeated = self.repetitions.sort_out(asks, delivers, snapshot.champion.policy.spaces)
         for index, ask in enumerate(asks):
             if ask.deadline_s < now_s:
@@ -114,7 +123,8 @@ class Ingress:
         ordered = [drafts[index] for index in range(len(asks))]
         delivers = [self.repetitions.once_flushed(draft, deliver) for draft, deliver in zip(ordered, delivers)]
         num_decisions = sum([ask.num_rows for ask, draft in zip(asks, ordered) if draft.line])
-        self._write_down(ordered, delivers, num_decisions, snapshot)
+        started_s = [ask.started_s for ask, draft in zip(asks, ordered) if draft.line]
+        self._write_down(ordered, delivers, num_decisions, snapshot, started_s)
         self.repetitions.postpone(repeated)  # last: when something above raises, everybody in the batch is told so, and only once
 
     def _decide_singles(self, asks: list[Ask], snapshot: Snapshot) -> list[Draft]:
@@ -147,6 +157,7 @@ class Ingress:
                 drafts[row] = Draft(answer)
                 continue
             mask_A = None if encoded.mask_BA is None else encoded.mask_BA[place]
+            self._num_repaired += row in encoded.repairs
             decision = decision_of(ask, encoded.observations[row], mask_A, encoded.repairs.get(row), answer, at)
             told = answer_of(decision, self._policy, answer.parameters_P, explain=ask.explain, state=ask.state)
             drafts[row] = Draft(told, encode(decision) + b"\n", (ask.decision_id,) if ask.is_named else ())
@@ -173,6 +184,7 @@ class Ingress:
         decided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, Answer)}
         undecided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, RequestRefused)}
         if ask.is_all_or_nothing and undecided:
+            self._decided.pop()
             return Draft(_first_of(undecided))
         told |= {row: failure_of(answer) for row, answer in undecided.items()}
         told |= {row: one_of_many(ask, row, answer, encoded) for row, answer in decided.items()}
@@ -186,6 +198,7 @@ class Ingress:
         self, ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[Any], result: Any, snapshot: Snapshot
     ) -> Draft:
         at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter(), snapshot.engines)
+        self._num_repaired += sum([row in encoded.repairs for row in rows]) if encoded.repairs else 0
         line = encode(batch_of(ask, encoded, rows, answers, at)) + b"\n"
         names = [ask.batch_id] if ask.batch_id else [ask.decision_ids[row] for row in rows]
         return Draft(result, line, names if ask.is_named else ())
@@ -221,8 +234,7 @@ class Ingress:
 
     def _decide(self, rows: Rows, snapshot: Snapshot) -> list[Answer | ServiceUnavailable]:
         answers = self.decider.decide(rows, snapshot)
-        if snapshot.shadows:
-            self._shown.append((rows, answers))
+        self._decided.append((rows, answers))
         return answers
 
     def _offer_to_shadows(self, rows: Rows, answers: list[Answer | ServiceUnavailable], snapshot: Snapshot) -> None:
@@ -236,12 +248,14 @@ class Ingress:
             rows.mask_BA[answered] if rows.mask_BA is not None else None,
         )
 
-    def _write_down(self, drafts: list[Draft], delivers: list[Deliver], num_decisions: int, snapshot: Snapshot) -> None:
+    def _write_down(
+        self, drafts: list[Draft], delivers: list[Deliver], num_decisions: int, snapshot: Snapshot, started_s: list[float]
+    ) -> None:
         """Have the batch logged with one write, and let the answers go once it is: what is not logged is not answered.
 
         What became of the log may be known at once or, where it is flushed to the disk, a little later.
         """
-        shown, self._shown = self._shown, []
+        decided, num_repaired = self._decided, self._num_repaired
         lines = b"".join([draft.line for draft in drafts])
         if not lines:
             return deliver_each([draft.result for draft in drafts], delivers)
@@ -255,10 +269,19 @@ class Ingress:
                 self.repetitions.remember(drafts, place)
             deliver_each([draft.result for draft in drafts], delivers)
             end_logging()
-            for rows, answers in shown:
-                self._offer_to_shadows(rows, answers, snapshot)
+            try:
+                self._note(decided, num_repaired, started_s, snapshot)
+            except Exception:  # raised from here, it would be told to all who have their answers
+                logger.exception("event=batch_not_counted")
 
         self._log.append(lines, num_decisions, logged, lambda where: self.repetitions.remember(drafts, where))
+
+    def _note(self, decided: list[Decided], num_repaired: int, started_s: list[float], snapshot: Snapshot) -> None:
+        """Count what has been answered, and have the shadows asked about it."""
+        self.tally.add_requests(started_s, time.perf_counter())
+        self.tally.add_answers([answer for _, answers in decided for answer in answers], num_repaired=num_repaired)
+        for rows, answers in decided if snapshot.shadows else ():
+            self._offer_to_shadows(rows, answers, snapshot)
 
 
 def _first_of(refusals: dict[int, Any]) -> RequestRefused:

@@ -72,6 +72,7 @@ class LocalDecisions:
         self._has_shield = config.shield.is_on
         self._wall_clock = wall_clock
         self._known: RegistryState | None = None  # as it was when a decision last named something newer
+        self.num_accepted = 0
         self._num_files = 0
 
     def plan(self) -> bytes:
@@ -134,6 +135,7 @@ class LocalDecisions:
             if problem:
                 raise RequestInvalid(f"{where}: {problem}; nothing was accepted")
         await self._write_down(asked.decisions)
+        self.num_accepted += len(asked.decisions)
         return encode({"accepted": len(asked.decisions)})
 
     def _snapshot(self) -> Snapshot:

@@ -124,6 +124,7 @@ def _paths(policy: str) -> dict[str, Any]:
         },
         "/v1/status": {"get": _operation("Status of the whole loop", "read", anything, (401, 403, 429))},
         "/v1/endpoints": {"get": _operation("The replicas' own ports", "decide or read", anything, (401, 403, 429))},
+        "/metrics": {"get": _operation("Metrics in Prometheus' text format", "read", None, (401, 403, 429))},
         "/v1/plan": {"get": _operation("The traffic plan, for local clients", "decide", anything, (401, 403, 429, 503))},
         "/v1/bundles/{digest}/{file}": {
             "get": _operation(
@@ -233,13 +234,15 @@ def _end_patterns_with_dollar(schema: Any) -> None:
 def _operation(
     summary: str,
     scope: str | None,
-    answer: dict[str, Any],
+    answer: dict[str, Any] | None,
     refusals: tuple[int, ...],
     body: dict[str, Any] | None = None,
     *,
     error: str = "Error",
 ) -> dict[str, Any]:
-    responses = {"200": {"description": "done", "content": _json(answer)}}
+    """Return how one path is described; without an `answer` it is text."""
+    content = _json(answer) if answer is not None else {"text/plain": {"schema": {"type": "string"}}}
+    responses = {"200": {"description": "done", "content": content}}
     for status in refusals:
         responses[str(status)] = {
             "description": _REFUSALS[status],

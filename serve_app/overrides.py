@@ -29,6 +29,7 @@ class OverrideIntake:
         self._log = log
         self._max_body_bytes = max_body_bytes
         self._wall_clock = wall_clock
+        self.num_accepted = 0
 
     async def accept(self, decision_id: str, request: Request, *, key_name: str) -> bytes:
         """Return `{"accepted": 1}`; raises `DecisionUnknown` for a decision that we never made."""
@@ -43,4 +44,5 @@ class OverrideIntake:
         except OSError as error:
             logger.error("event=override_not_logged decision_id=%s error=%r", decision_id, str(error))
             raise ServiceUnavailable(f"the log of overrides cannot be written: {error}") from error
+        self.num_accepted += 1
         return encode({"accepted": 1})

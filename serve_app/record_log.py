@@ -13,17 +13,17 @@ class RecordLog:
     """One replica's segments of feedback or overrides. `append` waits for an fsync where `serving.durability` asks for one."""
 
     def __init__(self, directory: Path, kind: SegmentKind, writer: str, *, settings: ServingConfig) -> None:
-        self._writer = SegmentWriter(directory, kind, writer)
+        self.writer = SegmentWriter(directory, kind, writer)
         self.commit: GroupCommit | None = None
         if settings.durability == "fsync":
-            self.commit = GroupCommit(self._writer, timeout_s=settings.log_timeout_s)
+            self.commit = GroupCommit(self.writer, timeout_s=settings.log_timeout_s)
 
     async def append(self, lines: bytes) -> None:
         """Write whole lines with one system call, and wait until they are durable.
 
         Raises `OSError` when they are not, or perhaps not, and `Overloaded` when too many wait for the disk already.
         """
-        self._writer.append(lines)
+        self.writer.append(lines)
         if self.commit is None:
             return
         flushed: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
@@ -35,4 +35,4 @@ class RecordLog:
     async def close(self) -> None:
         if self.commit is not None:
             await self.commit.close()
-        self._writer.close()
+        self.writer.close()

@@ -25,6 +25,7 @@ from serve_app.http_api import HttpApi
 from serve_app.ingress import Ingress
 from serve_app.keys import KeyRing
 from serve_app.local_decisions import LocalDecisions
+from serve_app.metrics import Reading, ReplicaMetrics
 from serve_app.open_inference import OpenInference
 from serve_app.overrides import OverrideIntake
 from serve_app.recall import Recall
@@ -46,10 +47,17 @@ class PolicyReplica:
         self._started_at_s = time.time()
         self.name = f"replica-{int(self._started_at_s)}-{secrets.token_hex(4)}"  # new at each start, see SegmentWriter
         self._keys, decision_ids = KeyRing.of(storage), DecisionIds.of(storage)
-        self._decisions = _decision_log(SegmentWriter(storage.decisions(policy), "decisions", self.name), settings)
+        decisions = SegmentWriter(storage.decisions(policy), "decisions", self.name)
+        self._decisions = _decision_log(decisions, settings)
         self._feedback = RecordLog(storage.feedback(policy), "feedback", self.name, settings=settings)
         self._overrides = RecordLog(storage.overrides(policy), "overrides", self.name, settings=settings)
         self._shadows = SegmentWriter(storage.shadows(policy), "shadows", self.name)
+        self._logs = {
+            "decisions": decisions,
+            "feedback": self._feedback.writer,
+            "overrides": self._overrides.writer,
+            "shadows": self._shadows,
+        }
         self._shadowing = Shadowing(self._shadows, wall_clock=time.time)
         self._recall = Recall(storage.decisions(policy), self.name)
         self._counters = Counters()
@@ -66,26 +74,30 @@ class PolicyReplica:
             shadowing=self._shadowing,
             config=settings,
         )
+        feedback = FeedbackIntake(decision_ids=decision_ids, log=self._feedback, config=settings)
+        overrides = OverrideIntake(decision_ids=decision_ids, log=self._overrides, max_body_bytes=settings.max_body_bytes)
+        local = LocalDecisions(
+            policy,
+            decision_ids=decision_ids,
+            variants=self._variants,
+            registry=Registry(storage.registry(policy)),
+            log=self._decisions,
+            config=settings,
+        )
         self._variants.check = self._ingress.decider.ladder.check
         self._variants.refresh(now=time.monotonic())
         self.api = HttpApi(
             policy,
             ingress=self._ingress,
-            feedback=FeedbackIntake(decision_ids=decision_ids, log=self._feedback, config=settings),
+            feedback=feedback,
             status=StatusView(policy, self._variants, self._monitor.status, self.report),
             variants=self._variants,
             keys=self._keys,
             counters=self._counters,
             files=read_static_files(),
-            overrides=OverrideIntake(decision_ids=decision_ids, log=self._overrides, max_body_bytes=settings.max_body_bytes),
-            local=LocalDecisions(
-                policy,
-                decision_ids=decision_ids,
-                variants=self._variants,
-                registry=Registry(storage.registry(policy)),
-                log=self._decisions,
-                config=settings,
-            ),
+            overrides=overrides,
+            local=local,
+            metrics=ReplicaMetrics(lambda: self._reading(policy, feedback, overrides, local)),
             open_inference=OpenInference(
                 policy, self._ingress, version=version("trimtab"), max_body_bytes=settings.max_body_bytes
             ),
@@ -131,6 +143,21 @@ class PolicyReplica:
             keys_error=self._keys.error,
             shadows=self._shadowing.counts(),
             log=self._decisions.status(),
+        )
+
+    def _reading(self, policy: str, feedback: FeedbackIntake, overrides: OverrideIntake, local: LocalDecisions) -> Reading:
+        return Reading(
+            policy=policy,
+            build=version("trimtab"),
+            report=self.report(),
+            totals=self._ingress.tally.totals(),
+            num_batches=self._ingress.batcher.num_batches,
+            num_connections=len(self._direct.connections),
+            breakers=self._ingress.decider.breakers,
+            logs=self._logs,
+            num_feedbacks=feedback.num_accepted,
+            num_overrides=overrides.num_accepted,
+            num_local_decisions=local.num_accepted,
         )
 
     async def _start(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import yaml
 from msgspec.structs import fields
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from actors.monitor import Monitor
@@ -21,8 +22,11 @@ from policies.storage import open_storage
 from policies.telemetry import ReplicaReport
 from serve_app.config import ServingConfig
 from serve_app.openapi import openapi_document
+from serve_app.replica import PolicyReplica
 from serve_app.status import StatusView
 from serve_app.variants import VariantStore
+from tests.serving_helpers import NAME, publish, random_policy
+from tests.serving_helpers import call as send
 
 ROOT = Path(__file__).parents[2]
 SERVED_BY = ("policies", "actors", "serve_app")
@@ -221,6 +225,37 @@ def test_every_key_of_the_short_status_is_described(tmp_path: Path) -> None:
     view = StatusView("demo", VariantStore(Registry(storage.registry("demo"))), away, lambda: report)
     document = asyncio.run(view.read())
     assert document["monitor"] is None and not keys_missing_in(read("operations.md"), document)
+
+
+# --- metrics ---
+
+
+def metrics_of(replica: PolicyReplica) -> dict[str, tuple[str, str]]:
+    """Return type and labels of every metric of a replica that has decided, by its name."""
+    text = replica.api._metrics.text().decode()
+    found = {}
+    for metric in text_string_to_metric_families(text):
+        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+        labels = sorted({label for sample in metric.samples for label in sample.labels} - {"policy", "replica", "le"})
+        found[name] = metric.type, ", ".join(f"`{label}`" for label in labels)
+    return found
+
+
+def described_metrics(text: str) -> dict[str, tuple[str, str]]:
+    table = [row for row in rows(text, heading="## Metrics") if len(row) == 4][1:]
+    return {row[0].strip("`"): (row[1], ", ".join(sorted(row[2].split(", ")))) for row in table}
+
+
+def test_every_metric_is_described_with_its_type_and_labels(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "storage")
+    publish(storage, random_policy(1))
+    replica = PolicyReplica(NAME, str(storage.root), ServingConfig().model_dump())
+    body, key = b'{"observation":[0,0,0,0]}', storage.api_keys.owner_key()
+    assert asyncio.run(send(replica.api, "POST", "/v1/decide", body, key=key)).status == 200
+    text, shown = read("operations.md"), metrics_of(replica)
+    assert described_metrics(text) == shown
+    assert described_metrics(text.replace("`trimtab_batches_total`", "`x`")) != shown, "negative control: another name"
+    assert described_metrics(text.replace("| gauge | `build` |", "| gauge | |")) != shown, "negative control: other labels"
 
 
 # --- links ---

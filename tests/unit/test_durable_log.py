@@ -76,7 +76,8 @@ def test_while_all_is_well_each_answer_knows_where_its_line_is(tmp_path: Path) -
         path, offset = place
         assert path.read_bytes()[offset:].startswith(line(number))
     assert server.status == {
-        **{"state": "ok", "since_s": 0.0, "last_error": None, "num_unlogged": 0, "num_buffered": 0, "num_dropped": 0}
+        **{"state": "ok", "since_s": 0.0, "last_error": None},
+        **{"num_failures": 0, "num_unlogged": 0, "num_buffered": 0, "num_dropped": 0},
     }
 
 

@@ -20,6 +20,7 @@ OPENED_BY = {
     "/v1/decide": {"decide"},
     "/v1/feedback": {"feedback"},
     "/v1/status": {"read"},
+    "/metrics": {"read"},
     "/v1/endpoints": {"decide", "read"},
     "/openapi.json": {"decide", "read"},
     "/v1/plan": {"decide"},
