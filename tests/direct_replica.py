@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from policies.storage import Storage
-from serve_app.config import ServingConfig
-from serve_app.replica import PolicyReplica
-from tests.serving_helpers import NAME
+from tests.serving_helpers import replica_of
 
 
 class DirectReplica:
@@ -21,7 +19,7 @@ class DirectReplica:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self.replica = PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
+        self.replica = replica_of(storage, **config)
         self.port = self.run(self.replica._direct.start("127.0.0.1"))
         self.url = f"http://127.0.0.1:{self.port}"
 

@@ -1,5 +1,6 @@
 """Small published policies for tests and benchmarks of the serving half: random weights, honest golden vectors, no training."""
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from policies.golden import Golden
 from policies.log_reader import LogTail
 from policies.network import Architecture, tensor_shapes
 from policies.policy import Policy
+from policies.records import Decision, Feedback
 from policies.registry import Registry, register_version, set_champion, start_release
 from policies.storage import Storage
 from policies.traffic import TrafficPlan
+from serve_app.config import ServingConfig
 from serve_app.http_api import HttpApi
+from serve_app.replica import PolicyReplica
 from serve_app.variants import Snapshot, Variant
 from tests.bundles import make_report, vector_spaces
 
@@ -165,3 +169,30 @@ async def call(
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     reply_headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     return Reply(sent[0]["status"], reply_headers, sent[1]["body"])
+
+
+def replica_of(storage: Storage, **config: Any) -> PolicyReplica:
+    """Return a replica in this process, without Ray, that serves what is published under `NAME`."""
+    return PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
+
+
+def decide_all(storage: Storage, replica: PolicyReplica, *bodies: dict[str, Any]) -> list[Reply]:
+    """Send requests so that they arrive in one turn of the loop, and so in one batch."""
+    key = storage.api_key_file.read_text()
+
+    async def run() -> list[Reply]:
+        calls = [call(replica.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key) for body in bodies]
+        return await asyncio.gather(*calls)
+
+    return asyncio.run(run())
+
+
+def logged(storage: Storage, kind: type = Decision) -> list[Any]:
+    """Return the decisions, or the feedback, that are in the log."""
+    directory = {Decision: storage.decisions, Feedback: storage.feedback}[kind]
+    return read_new(LogTail(directory(NAME), kind))
+
+
+def observations(num: int) -> list[list[float]]:
+    """Return observations that `random_policy` takes."""
+    return np.random.default_rng(3).normal(size=(num, 4)).tolist()

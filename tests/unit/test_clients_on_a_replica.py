@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from policies.errors import DecisionUnknown, RequestConflict, RequestInvalid
@@ -15,7 +14,7 @@ from policies.log_reader import LogTail
 from policies.records import Decision, Feedback, Override
 from policies.storage import Storage, open_storage
 from tests.direct_replica import DirectReplica, direct_replica
-from tests.serving_helpers import NAME, publish, random_policy, read_new
+from tests.serving_helpers import NAME, observations, publish, random_policy, read_new
 from trimtab.async_client import AsyncClient
 from trimtab.client import Client
 
@@ -50,10 +49,6 @@ def use_async_client(replica: DirectReplica, method: str, *args: Any, **options:
 
 
 both = pytest.mark.parametrize("use", [use_client, use_async_client])
-
-
-def observations(num: int) -> list[list[float]]:
-    return np.random.default_rng(3).normal(size=(num, 4)).tolist()
 
 
 def logged(directory: Path, kind: type) -> list[Any]:

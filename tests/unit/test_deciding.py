@@ -23,8 +23,7 @@ from serve_app import rungs
 from serve_app.config import FallbackConfig, ServingConfig, ShieldConfig
 from serve_app.deciding import Answer, Decider, Rows
 from serve_app.variants import Snapshot, Variant
-from tests.serving_helpers import NAME, publish, random_policy, read_new, snapshot_of, variant_of
-from tests.unit.test_many import ask, replica_of
+from tests.serving_helpers import NAME, decide_all, publish, random_policy, read_new, replica_of, snapshot_of, variant_of
 
 OBSERVATION = Box(np.full(1, -1, np.float32), np.ones(1, np.float32))
 
@@ -357,7 +356,7 @@ def test_declared_repairs_are_made_logged_and_nothing_else_is(tmp_path: Path) ->
     publish(storage, random_policy(1))
     replica = replica_of(storage, fallback={"repair": ["clip", "missing"], "fill": 0.25})
     bodies: list[Any] = [[9, 0, 0, 0], [-9, None, 0, 0], [0, 0, 0, 0], ["9", 0, 0, 0], [0, 0, 0]]
-    replies = ask(storage, replica, *[{"observation": body, "request_id": f"r{i}"} for i, body in enumerate(bodies)])
+    replies = decide_all(storage, replica, *[{"observation": body, "request_id": f"r{i}"} for i, body in enumerate(bodies)])
     assert [reply.status for reply in replies] == [200, 200, 200, 422, 422]
     decisions = read_new(LogTail(storage.decisions(NAME), Decision))
     bound = float(np.float32(4.8))
@@ -365,7 +364,7 @@ def test_declared_repairs_are_made_logged_and_nothing_else_is(tmp_path: Path) ->
     assert decisions[0].repair == "observation[0] = 9.0 was cut to 4.8" == replies[0].json()["repair"]
     assert "observation[1] was missing, 0.25 is taken" in str(decisions[1].repair) and decisions[2].repair is None
     assert all(d.fallback is None and d.rung == "arm" for d in decisions)
-    [again] = ask(storage, replica, {"observation": bodies[0], "request_id": "r0"})
+    [again] = decide_all(storage, replica, {"observation": bodies[0], "request_id": "r0"})
     assert again.json() == replies[0].json()
     strict = replica_of(storage)
-    assert [reply.status for reply in ask(storage, strict, {"observation": [9, 0, 0, 0]})] == [422]
+    assert [reply.status for reply in decide_all(storage, strict, {"observation": [9, 0, 0, 0]})] == [422]

@@ -15,16 +15,13 @@ from typing import Any
 import aiohttp
 import pytest
 
-from policies.log_reader import LogTail
-from policies.records import Decision
 from policies.storage import Storage, open_storage
 from serve_app import direct, local_decisions
 from serve_app.asgi import Request, Response
-from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.http_api import Route
 from serve_app.replica import PolicyReplica
-from tests.serving_helpers import NAME, call, publish, random_policy, read_new
+from tests.serving_helpers import NAME, call, logged, publish, random_policy, replica_of
 
 OBSERVATION = [0.1, -0.2, 0.3, -0.4]
 
@@ -38,7 +35,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @asynccontextmanager
 async def lane_of(storage: Storage, **config: object) -> AsyncIterator[tuple[PolicyReplica, int]]:
-    replica = PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
+    replica = replica_of(storage, **config)
     port = await replica._direct.start("127.0.0.1")
     try:
         yield replica, port
@@ -83,10 +80,6 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]
     headers = dict(line.split(": ", 1) for line in lines)
     body = await reader.readexactly(int(headers.get("content-length", 0)))
     return int(first.split()[1]), headers, json.loads(body) if body else None
-
-
-def logged(storage: Storage) -> list[Decision]:
-    return read_new(LogTail(storage.decisions(NAME), Decision))
 
 
 def test_both_ways_give_the_same_decision_and_log_it_once(storage: Storage) -> None:

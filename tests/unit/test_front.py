@@ -12,14 +12,11 @@ import pytest
 import uvicorn
 import uvicorn.config
 
-from policies.log_reader import LogTail
-from policies.records import Decision
 from policies.storage import Storage, open_storage
 from serve_app import direct, front
-from serve_app.config import ServingConfig
 from serve_app.known_heads import Received, has_head, learn_head
 from serve_app.replica import PolicyReplica
-from tests.serving_helpers import NAME, publish, random_policy, read_new
+from tests.serving_helpers import logged, publish, random_policy, replica_of
 from tests.unit.test_direct import exchange, key_of, raw_request, read_answer
 
 OBSERVATION = [0.1, -0.2, 0.3, -0.4]
@@ -35,7 +32,7 @@ def storage(tmp_path: Path) -> Storage:
 @asynccontextmanager
 async def server_of(storage: Storage) -> AsyncIterator[tuple[PolicyReplica, uvicorn.Server, int, list[str]]]:
     """Start uvicorn as Serve does, around an application that notes which paths came to it."""
-    replica = PolicyReplica(NAME, str(storage.root), ServingConfig().model_dump())
+    replica = replica_of(storage)
     seen: list[str] = []
 
     async def serves_application(scope: Any, receive: Any, send: Any) -> None:
@@ -64,10 +61,6 @@ def run(storage: Storage, scenario: Callable[..., Awaitable[Any]]) -> Any:
             return await scenario(replica, server, port, seen)
 
     return asyncio.run(within())
-
-
-def logged(storage: Storage) -> list[Decision]:
-    return read_new(LogTail(storage.decisions(NAME), Decision))
 
 
 def test_our_requests_are_answered_by_the_lane_and_serves_own_pages_by_serve(storage: Storage) -> None:

@@ -10,9 +10,8 @@ from policies.log_reader import LogTail
 from policies.records import Feedback
 from policies.storage import Storage, open_storage
 from serve_app.breaker import Breaker
-from serve_app.config import ServingConfig
 from serve_app.replica import PolicyReplica
-from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new
+from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, replica_of
 
 GOOD = b'{"observation":[0,0,0,0],"request_id":"r-1"}'
 
@@ -26,7 +25,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def replica(storage: Storage) -> PolicyReplica:
-    return PolicyReplica(NAME, str(storage.root), ServingConfig(max_body_bytes=4096).model_dump())
+    return replica_of(storage, max_body_bytes=4096)
 
 
 def send(
@@ -163,7 +162,7 @@ def test_a_body_of_exactly_the_limit_is_read(storage: Storage, replica: PolicyRe
 
 
 def test_a_full_queue_answers_429_with_retry_after(storage: Storage) -> None:
-    replica = PolicyReplica(NAME, str(storage.root), ServingConfig(max_queue=2).model_dump())
+    replica = replica_of(storage, max_queue=2)
     key = storage.api_key_file.read_text()
 
     async def run() -> list[Reply]:  # five in one turn of the loop: three more than may wait
@@ -178,7 +177,7 @@ def test_a_full_queue_answers_429_with_retry_after(storage: Storage) -> None:
 
 def test_without_a_champion_it_is_alive_but_not_ready(tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "empty")
-    replica = PolicyReplica(NAME, str(storage.root), ServingConfig().model_dump())
+    replica = replica_of(storage)
     assert send(storage, replica, "/healthz", method="GET").status == 200
     assert send(storage, replica, "/readyz", method="GET").status == 503
     reply = send(storage, replica, "/v1/decide", GOOD)
@@ -227,7 +226,7 @@ def test_bad_feedback_is_refused_as_a_whole(
 
 
 def test_no_more_than_a_thousand_feedbacks_at_once(storage: Storage) -> None:
-    replica = PolicyReplica(NAME, str(storage.root), ServingConfig().model_dump())
+    replica = replica_of(storage)
     name = send(storage, replica, "/v1/decide", GOOD).json()["decision_id"]
     items = [{"decision_id": name, "reward": 1}] * 1001
     reply = send(storage, replica, "/v1/feedback", json.dumps(items).encode())

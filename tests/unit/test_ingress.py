@@ -13,20 +13,30 @@ import pytest
 from policies.distributions import seed_of
 from policies.errors import IntegrityError
 from policies.golden import Golden
-from policies.log_reader import LogTail
 from policies.network import Architecture, Gaussian, tensor_shapes
 from policies.observations import Box
 from policies.policy import Policy
-from policies.records import Decision
 from policies.registry import Registry
 from policies.spaces import Numbers, Spaces
 from policies.storage import Storage, open_storage
 from policies.traffic import Arm, TrafficPlan, assign, champion_only, with_canary
-from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.replica import PolicyReplica
 from serve_app.variants import Variant
-from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release, snapshot_of, variant_of
+from tests.serving_helpers import (
+    NAME,
+    Reply,
+    call,
+    decide_all,
+    logged,
+    observations,
+    publish,
+    random_policy,
+    release,
+    replica_of,
+    snapshot_of,
+    variant_of,
+)
 from trimtab.replay import replay
 
 
@@ -37,36 +47,13 @@ def storage(tmp_path: Path) -> Storage:
     return storage
 
 
-def replica_of(storage: Storage, **config: object) -> PolicyReplica:
-    return PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
-
-
-def decide_all(storage: Storage, replica: PolicyReplica, bodies: list[dict]) -> list[Reply]:
-    """Send requests so that they arrive in one turn of the loop, and so in one batch."""
-    key = storage.api_key_file.read_text()
-
-    async def run() -> list[Reply]:
-        calls = [call(replica.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key) for body in bodies]
-        return await asyncio.gather(*calls)
-
-    return asyncio.run(run())
-
-
-def logged(storage: Storage) -> list[Decision]:
-    return read_new(LogTail(storage.decisions(NAME), Decision))
-
-
-def observations(num: int) -> list[list[float]]:
-    return np.random.default_rng(3).normal(size=(num, 4)).tolist()
-
-
 def put_in_force(replica: PolicyReplica, plan: TrafficPlan, *variants: Variant) -> None:
     replica._variants.snapshot = snapshot_of(plan, *variants)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 8, 9, 64])
 def test_a_logged_decision_replays_bit_for_bit_from_any_batch(storage: Storage, batch_size: int) -> None:
-    replies = decide_all(storage, replica_of(storage), [{"observation": obs} for obs in observations(batch_size)])
+    replies = decide_all(storage, replica_of(storage), *[{"observation": obs} for obs in observations(batch_size)])
     assert [reply.status for reply in replies] == [200] * batch_size
     policy = Registry(storage.registry(NAME)).bundle(1).policy
     decisions = logged(storage)
@@ -92,18 +79,18 @@ def test_what_has_no_propensity_that_can_be_written_down_is_not_answered(tmp_pat
         publish(storage, policy, golden=golden, mode="sample")
     publish(storage, policy, golden=golden, mode="greedy")
     replica = replica_of(storage)
-    [reply] = decide_all(storage, replica, [{"observation": [0, 0]}])
+    [reply] = decide_all(storage, replica, {"observation": [0, 0]})
     assert reply.status == 200 and logged(storage)[0].propensity == 1
     # One that came into a replica all the same, from a publisher that did not check:
     put_in_force(replica, champion_only(9, 1), variant_of(1, policy))
-    [reply] = decide_all(storage, replica, [{"observation": [0, 0]}])
+    [reply] = decide_all(storage, replica, {"observation": [0, 0]})
     assert (reply.status, len(logged(storage))) == (503, 1)
     assert f"propensity is {propensity}, and {propensity} over all arms" in reply.error
 
 
 def test_another_version_would_not_reproduce_the_log(storage: Storage) -> None:
     """Negative control: the replay above does not hold by accident."""
-    decide_all(storage, replica_of(storage), [{"observation": obs} for obs in observations(32)])
+    decide_all(storage, replica_of(storage), *[{"observation": obs} for obs in observations(32)])
     other = random_policy(99)
     obs_BD = np.array([decision.observation for decision in logged(storage)]).astype(np.float32)
     again = [other.distribution.choose(p_A, "sample", d.seed) for p_A, d in zip(other.distributions(obs_BD), logged(storage))]
@@ -112,7 +99,7 @@ def test_another_version_would_not_reproduce_the_log(storage: Storage) -> None:
 
 def test_the_answer_is_what_the_log_says(storage: Storage) -> None:
     body = {"observation": [0.1, 2, -0.3, 0.4], "unit_id": "u", "episode_id": "e", "request_id": "r-1"}
-    [reply] = decide_all(storage, replica_of(storage), [body])
+    [reply] = decide_all(storage, replica_of(storage), *[body])
     [decision] = logged(storage)
     assert reply.json() == {
         "decision_id": decision.decision_id,
@@ -130,7 +117,7 @@ def test_the_answer_is_what_the_log_says(storage: Storage) -> None:
 
 
 def test_the_unit_is_the_request_when_none_is_named(storage: Storage) -> None:
-    decide_all(storage, replica_of(storage), [{"observation": [0, 0, 0, 0], "request_id": "r-1"}])
+    decide_all(storage, replica_of(storage), {"observation": [0, 0, 0, 0], "request_id": "r-1"})
     assert logged(storage)[0].unit_id == "r-1"
 
 
@@ -162,12 +149,12 @@ def test_what_cannot_be_logged_is_not_answered_and_service_resumes(storage: Stor
     writer = replica._decisions._writer
     append = writer.append
     writer.append = no_space  # type: ignore[method-assign, assignment]
-    replies = decide_all(storage, replica, [{"observation": [0, 0, 0, 0]}] * 3)
+    replies = decide_all(storage, replica, *[{"observation": [0, 0, 0, 0]}] * 3)
     assert [reply.status for reply in replies] == [503] * 3
     assert "No space left" in replies[0].error and replies[0].headers["retry-after"] == "1"
     assert replica.report().log["state"] == "failing" and "No space" in replica.report().log["last_error"]
     writer.append = append  # type: ignore[method-assign]
-    assert decide_all(storage, replica, [{"observation": [0, 0, 0, 0]}])[0].status == 200
+    assert decide_all(storage, replica, {"observation": [0, 0, 0, 0]})[0].status == 200
     assert replica.report().log["state"] == "ok" and len(logged(storage)) == 1
 
 
@@ -179,7 +166,7 @@ def test_where_it_is_so_configured_serving_goes_on_without_a_log_and_catches_up(
     writer = replica._decisions._writer
     append = writer.append
     writer.append = no_space  # type: ignore[method-assign, assignment]
-    replies = decide_all(storage, replica, [{"observation": [0, 0, 0, 0], "request_id": f"r{i}"} for i in range(3)])
+    replies = decide_all(storage, replica, *[{"observation": [0, 0, 0, 0], "request_id": f"r{i}"} for i in range(3)])
     assert [reply.status for reply in replies] == [200] * 3 and logged(storage) == []
     assert (replica.report().log["num_unlogged"], replica.report().log["num_buffered"]) == (3, 3)
     writer.append = append  # type: ignore[method-assign]
@@ -249,7 +236,7 @@ def test_however_many_repeat_a_request_its_logged_line_answers_them_all_at_once(
     replica, sizes = replica_of(storage, durability=durability), []
     handle = replica._ingress.batcher._handle
     replica._ingress.batcher._handle = lambda asks, delivers: (sizes.append(len(asks)), handle(asks, delivers))[1]
-    replies = decide_all(storage, replica, [{"observation": [0.1, 0, 0, 0], "request_id": "r"}] * 50)
+    replies = decide_all(storage, replica, *[{"observation": [0.1, 0, 0, 0], "request_id": "r"}] * 50)
     assert [reply.status for reply in replies] == [200] * 50 and len({reply.body for reply in replies}) == 1
     assert len(logged(storage)) == 1 and sizes == [50, 49]
 
@@ -281,11 +268,11 @@ def test_who_repeats_a_request_that_is_being_flushed_is_sent_elsewhere_when_the_
 
 def test_the_same_request_id_gets_the_same_decision_from_every_replica(storage: Storage) -> None:
     bodies = [{"observation": obs, "request_id": f"r-{index}"} for index, obs in enumerate(observations(100))]
-    first = [reply.json() for reply in decide_all(storage, replica_of(storage), bodies)]
-    second = [reply.json() for reply in decide_all(storage, replica_of(storage), bodies[::-1])]
+    first = [reply.json() for reply in decide_all(storage, replica_of(storage), *bodies)]
+    second = [reply.json() for reply in decide_all(storage, replica_of(storage), *bodies[::-1])]
     assert first == second[::-1]
     fresh = [
-        reply.json() for reply in decide_all(storage, replica_of(storage), [{"observation": b["observation"]} for b in bodies])
+        reply.json() for reply in decide_all(storage, replica_of(storage), *[{"observation": b["observation"]} for b in bodies])
     ]
     # Negative control: without the id another number is drawn, so some of 100 sampled actions differ:
     # of 20 all are the same in 2 % of all runs, of 100 in one of 10^8.
@@ -295,7 +282,9 @@ def test_the_same_request_id_gets_the_same_decision_from_every_replica(storage: 
 def test_the_split_and_the_mixture_propensity_are_what_the_plan_says(storage: Storage) -> None:
     publish(storage, random_policy(2))
     release(storage, 2, weights=(0.25,))
-    decide_all(storage, replica_of(storage), [{"observation": obs, "unit_id": f"u{n}"} for n, obs in enumerate(observations(40))])
+    decide_all(
+        storage, replica_of(storage), *[{"observation": obs, "unit_id": f"u{n}"} for n, obs in enumerate(observations(40))]
+    )
     plan = with_canary(4, 1, champion=1, candidate=2, weight=0.25)
     policies = {1: random_policy(1), 2: random_policy(2)}
     decisions = logged(storage)
@@ -331,7 +320,7 @@ EVERYBODY = TrafficPlan(9, 1, (Arm("canary", 2, 1.0), Arm("champion", 1, 0.0)))
 def test_a_canary_that_raises_is_answered_for_by_the_champion(storage: Storage) -> None:
     replica = replica_of(storage)
     put_in_force(replica, EVERYBODY, variant_of(1, random_policy(1)), Raising(2, "d2", random_policy(2), "sample"))
-    [reply] = decide_all(storage, replica, [{"observation": [0.1, 0.2, 0.3, 0.4]}])
+    [reply] = decide_all(storage, replica, {"observation": [0.1, 0.2, 0.3, 0.4]})
     [decision] = logged(storage)
     assert reply.status == 200
     assert (decision.arm, decision.version, decision.digest) == ("canary", 1, "digest-1")
@@ -353,7 +342,7 @@ def test_a_canary_with_narrower_bounds_answers_what_the_champion_takes_and_repla
     canary = Registry(storage.registry(NAME)).bundle(2)
     replica = replica_of(storage)
     put_in_force(replica, EVERYBODY, variant_of(1, random_policy(1)), Variant(2, canary.digest, canary.policy, "sample"))
-    [reply] = decide_all(storage, replica, [{"observation": [4.0, 3.0, 0.3, 0.4]}])
+    [reply] = decide_all(storage, replica, {"observation": [4.0, 3.0, 0.3, 0.4]})
     [decision] = logged(storage)
     assert (reply.status, decision.version) == (200, 2)
     assert replay(storage, NAME, decision.decision_id)["equal"]
@@ -363,14 +352,14 @@ def test_a_row_that_gives_nan_falls_back_alone(storage: Storage) -> None:
     replica = replica_of(storage)
     put_in_force(replica, EVERYBODY, variant_of(1, random_policy(1)), NanForPositive(2, "d2", random_policy(2), "sample"))
     bodies = [{"observation": [0, sign, 0, 0], "request_id": f"r{n}"} for n, sign in enumerate((-1, 1, -1))]
-    assert [reply.json()["version"] for reply in decide_all(storage, replica, bodies)] == [2, 1, 2]
+    assert [reply.json()["version"] for reply in decide_all(storage, replica, *bodies)] == [2, 1, 2]
     assert [decision.fallback for decision in logged(storage)] == [None, "version 2 gave NaN", None]
 
 
 def test_a_row_that_nobody_can_answer_fails_alone(storage: Storage) -> None:
     replica = replica_of(storage)
     put_in_force(replica, champion_only(9, 1), NanForPositive(1, "d1", random_policy(1), "sample"))
-    replies = decide_all(storage, replica, [{"observation": [0, sign, 0, 0]} for sign in (-1, 1, -1)])
+    replies = decide_all(storage, replica, *[{"observation": [0, sign, 0, 0]} for sign in (-1, 1, -1)])
     assert [reply.status for reply in replies] == [200, 503, 200]
     assert "version 1 gave NaN" in replies[1].error
     assert len(logged(storage)) == 2
@@ -379,7 +368,7 @@ def test_a_row_that_nobody_can_answer_fails_alone(storage: Storage) -> None:
 def test_greedy_sends_the_most_probable_action_with_certainty(storage: Storage) -> None:
     replica = replica_of(storage)
     put_in_force(replica, champion_only(9, 1), variant_of(1, random_policy(1), mode="greedy"))
-    decide_all(storage, replica, [{"observation": obs} for obs in observations(20)])
+    decide_all(storage, replica, *[{"observation": obs} for obs in observations(20)])
     for decision in logged(storage):
         p_A = random_policy(1).distributions(np.array([decision.observation]).astype(np.float32))[0]
         assert (decision.action, decision.propensity) == (int(p_A.argmax()), 1.0)
@@ -388,7 +377,7 @@ def test_greedy_sends_the_most_probable_action_with_certainty(storage: Storage) 
 def test_the_action_sent_counts_from_the_spaces_first_action(storage: Storage) -> None:
     replica, policy = replica_of(storage), random_policy(1, start=5)
     put_in_force(replica, champion_only(9, 1), variant_of(1, policy, mode="greedy"))
-    [reply] = decide_all(storage, replica, [{"observation": [0, 0, 0, 0]}])
+    [reply] = decide_all(storage, replica, {"observation": [0, 0, 0, 0]})
     index = int(policy.distributions(np.zeros((1, 4), np.float32))[0].argmax())
     assert reply.json()["action"] == logged(storage)[0].action == 5 + index
 
@@ -408,7 +397,7 @@ def test_an_episode_without_a_unit_stays_on_one_arm(storage: Storage) -> None:
     replica = replica_of(storage)
     plan = with_canary(4, 1, champion=1, candidate=2, weight=0.5)
     put_in_force(replica, plan, variant_of(1, random_policy(1)), variant_of(2, random_policy(2)))
-    decide_all(storage, replica, [{"observation": obs, "episode_id": "e"} for obs in observations(40)])
+    decide_all(storage, replica, *[{"observation": obs, "episode_id": "e"} for obs in observations(40)])
     assert len({decision.arm for decision in logged(storage)}) == 1
-    decide_all(storage, replica, [{"observation": obs} for obs in observations(40)])
+    decide_all(storage, replica, *[{"observation": obs} for obs in observations(40)])
     assert {decision.arm for decision in logged(storage)} == {"canary", "champion"}  # the control: without an episode

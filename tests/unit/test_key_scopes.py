@@ -11,9 +11,8 @@ import pytest
 from policies.api_keys import SCOPES
 from policies.storage import Storage, open_storage
 from serve_app.app import _owner_key, _readiness
-from serve_app.config import ServingConfig
 from serve_app.replica import PolicyReplica
-from tests.serving_helpers import NAME, Reply, call, publish, random_policy
+from tests.serving_helpers import NAME, Reply, call, publish, random_policy, replica_of
 
 GOOD = b'{"observation":[0,0,0,0]}'
 OPENED_BY = {
@@ -44,10 +43,6 @@ def storage(tmp_path: Path) -> Storage:
 
 def new_key(storage: Storage, *scopes: str, name: str = "shop", **limits: float) -> str:
     return storage.api_keys.create(name, scopes, now=1000.0, **limits)[1]
-
-
-def replica_of(storage: Storage) -> PolicyReplica:
-    return PolicyReplica(NAME, str(storage.root), ServingConfig().model_dump())
 
 
 def send(replica: PolicyReplica, path: str, key: str | None, body: bytes | None = None) -> Reply:

@@ -21,7 +21,6 @@ from policies.errors import (
     ServiceUnavailable,
     Unauthorized,
 )
-from policies.log_reader import LogTail
 from policies.network import Architecture, Gaussian
 from policies.observations import Box, Categories, Group
 from policies.policy import Policy
@@ -33,7 +32,7 @@ from policies.traffic import Arm, TrafficPlan, assign, champion_only, with_canar
 from tests.bundles import golden_as_trained, policy_on
 from tests.direct_replica import DirectReplica, direct_replica
 from tests.scripted_server import Exchange, serving
-from tests.serving_helpers import NAME, publish, random_policy, read_new, release, spoil
+from tests.serving_helpers import NAME, logged, observations, publish, random_policy, release, spoil
 from trimtab import local_client, local_log, local_plan, plan_follower
 from trimtab.client import Client
 from trimtab.local_client import LocalClient
@@ -60,14 +59,6 @@ def replica(storage: Storage) -> Iterator[DirectReplica]:
 def client(replica: DirectReplica) -> Iterator[LocalClient]:
     with Client.local(replica.url, replica.key) as client:
         yield client
-
-
-def observations(num: int) -> list[list[float]]:
-    return np.random.default_rng(3).normal(size=(num, 4)).tolist()
-
-
-def logged(storage: Storage, kind: type = Decision) -> list[Any]:
-    return read_new(LogTail(storage.decisions(NAME) if kind is Decision else storage.feedback(NAME), kind))
 
 
 def until(condition: Callable[[], Any]) -> Any:

@@ -12,17 +12,15 @@ import pytest
 from policies.bundle_reader import FILES, MANIFEST, read_bundle
 from policies.distributions import seed_of
 from policies.integrity import sha256_hex
-from policies.log_reader import LogTail
 from policies.records import Decision
 from policies.registry import Registry, change_release
 from policies.sealing import seal
 from policies.storage import Storage, open_storage
 from policies.traffic import TrafficPlan
-from serve_app.config import ServingConfig
 from serve_app.decision_ids import LEASE_S, DecisionIds, Lease
 from serve_app.local_decisions import MAX_CLOCK_SKEW_S, MAX_DECISIONS
 from serve_app.replica import PolicyReplica
-from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release, spoil
+from tests.serving_helpers import NAME, Reply, call, logged, publish, random_policy, release, replica_of, spoil
 
 
 @pytest.fixture
@@ -32,17 +30,9 @@ def storage(tmp_path: Path) -> Storage:
     return storage
 
 
-def replica_of(storage: Storage, **config: Any) -> PolicyReplica:
-    return PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
-
-
 def ask(storage: Storage, replica: PolicyReplica, method: str, path: str, body: Any = None) -> Reply:
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     return asyncio.run(call(replica.api, method, path, data, key=storage.api_key_file.read_text()))
-
-
-def logged(storage: Storage) -> list[Decision]:
-    return read_new(LogTail(storage.decisions(NAME), Decision))
 
 
 def digest_of(storage: Storage, version: int = 1) -> str:

@@ -13,17 +13,25 @@ import pytest
 
 from policies.distributions import seed_of
 from policies.errors import NotFound
-from policies.log_reader import LogTail
 from policies.records import BATCH_PREFIX, Decision
 from policies.registry import Registry, change_release
 from policies.storage import Storage, open_storage
 from policies.traffic import assign
-from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
-from serve_app.replica import PolicyReplica
 from serve_app.wire import encode
 from tests.disks import Disk
-from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release
+from tests.serving_helpers import (
+    NAME,
+    Reply,
+    call,
+    decide_all,
+    logged,
+    observations,
+    publish,
+    random_policy,
+    release,
+    replica_of,
+)
 from trimtab.replay import replay
 
 
@@ -34,34 +42,12 @@ def storage(tmp_path: Path) -> Storage:
     return storage
 
 
-def replica_of(storage: Storage, **config: Any) -> PolicyReplica:
-    return PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
-
-
-def ask(storage: Storage, replica: PolicyReplica, *bodies: dict[str, Any]) -> list[Reply]:
-    key = storage.api_key_file.read_text()
-
-    async def run() -> list[Reply]:
-        calls = [call(replica.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key) for body in bodies]
-        return await asyncio.gather(*calls)
-
-    return asyncio.run(run())
-
-
-def logged(storage: Storage) -> list[Decision]:
-    return read_new(LogTail(storage.decisions(NAME), Decision))
-
-
-def observations(num: int) -> list[list[float]]:
-    return np.random.default_rng(3).normal(size=(num, 4)).tolist()
-
-
 # --- many in one ---
 
 
 def test_many_observations_are_many_decisions_in_one_line(storage: Storage) -> None:
     obs = observations(20)
-    [reply] = ask(storage, replica_of(storage), {"observations": obs, "request_id": "r"})
+    [reply] = decide_all(storage, replica_of(storage), {"observations": obs, "request_id": "r"})
     told = reply.json()["decisions"]
     decisions = logged(storage)
     assert [d.decision_id for d in decisions] == [item["decision_id"] for item in told]
@@ -76,7 +62,7 @@ def test_many_observations_are_many_decisions_in_one_line(storage: Storage) -> N
 
 
 def test_each_of_many_replays_and_is_recognised(storage: Storage) -> None:
-    ask(storage, replica_of(storage), {"observations": observations(30)})
+    decide_all(storage, replica_of(storage), {"observations": observations(30)})
     policy, ids = Registry(storage.registry(NAME)).bundle(1).policy, DecisionIds.of(storage)
     for decision in logged(storage):
         assert decision.seed == seed_of(decision.decision_id) and ids.is_ours(decision.decision_id)
@@ -95,10 +81,10 @@ def test_a_name_of_one_of_many_cannot_be_made_up(storage: Storage) -> None:
 def test_no_client_can_ask_for_what_was_named_for_somebody_else(storage: Storage) -> None:
     """Else it could have the next unnamed requests of others logged first, for an observation of its own."""
     replica = replica_of(storage)
-    [first] = ask(storage, replica, {"observation": [0, 0, 0, 0]})
+    [first] = decide_all(storage, replica, {"observation": [0, 0, 0, 0]})
     prefix = first.json()["decision_id"].partition(":")[0]
     body = {"observations": [[1, 0, 0, 0]] * 3, "request_id": prefix}
-    stolen, second = ask(storage, replica, body, {"observation": [0, 0, 0, 0]})
+    stolen, second = decide_all(storage, replica, body, {"observation": [0, 0, 0, 0]})
     assert (stolen.status, second.status) == (422, 200)
     names = [decision.decision_id for decision in logged(storage)]
     assert len(set(names)) == len(names) == 2
@@ -106,11 +92,13 @@ def test_no_client_can_ask_for_what_was_named_for_somebody_else(storage: Storage
 
 def test_alone_or_among_many_a_named_request_gets_the_same_decision(storage: Storage) -> None:
     obs, names = observations(8), [f"n{i}" for i in range(8)]
-    together = ask(storage, replica_of(storage), {"observations": obs, "request_ids": names, "unit_id": "u"})[0].json()[
+    together = decide_all(storage, replica_of(storage), {"observations": obs, "request_ids": names, "unit_id": "u"})[0].json()[
         "decisions"
     ]
     other = open_storage(storage.root)  # another replica, which looks into the log
-    alone = ask(other, replica_of(other), *[{"observation": o, "request_id": n, "unit_id": "u"} for o, n in zip(obs, names)])
+    alone = decide_all(
+        other, replica_of(other), *[{"observation": o, "request_id": n, "unit_id": "u"} for o, n in zip(obs, names)]
+    )
     assert [reply.json()["action"] for reply in alone] == [item["action"] for item in together]
     assert [reply.json()["decision_id"] for reply in alone] == [item["decision_id"] for item in together]
     assert len(logged(storage)) == 8, "counted once"
@@ -119,7 +107,7 @@ def test_alone_or_among_many_a_named_request_gets_the_same_decision(storage: Sto
 def test_what_is_wrong_with_one_is_its_own_answer(storage: Storage) -> None:
     obs: list[Any] = observations(6)
     obs[1], obs[4] = [100, 0, 0, 0], ["x", 0, 0, 0]
-    [reply] = ask(storage, replica_of(storage), {"observations": obs, "unit_ids": [f"u{i}" for i in range(6)]})
+    [reply] = decide_all(storage, replica_of(storage), {"observations": obs, "unit_ids": [f"u{i}" for i in range(6)]})
     told = reply.json()["decisions"]
     assert reply.status == 200
     assert [i for i, item in enumerate(told) if "error" in item] == [1, 4]
@@ -132,7 +120,7 @@ def test_each_unit_of_many_gets_its_own_arm(storage: Storage) -> None:
     publish(storage, random_policy(2))
     release(storage, 2, weights=(0.5, 1.0))
     units = [f"unit-{i}" for i in range(64)]
-    ask(storage, replica_of(storage), {"observations": observations(64), "unit_ids": units})
+    decide_all(storage, replica_of(storage), {"observations": observations(64), "unit_ids": units})
     plan = Registry(storage.registry(NAME)).state().plan
     assert plan is not None
     assert [d.arm for d in logged(storage)] == [assign(unit, plan).name for unit in units]
@@ -161,7 +149,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("body", "message"), WRONG)
 def test_what_does_not_go_together_is_refused(storage: Storage, body: dict[str, Any], message: str) -> None:
-    [reply] = ask(storage, replica_of(storage), body)
+    [reply] = decide_all(storage, replica_of(storage), body)
     assert reply.status == 422 and message in reply.error
     assert logged(storage) == []
 
@@ -171,7 +159,7 @@ def test_what_does_not_go_together_is_refused(storage: Storage, body: dict[str, 
 
 def test_a_request_whose_time_is_over_is_not_decided(storage: Storage) -> None:
     replica = replica_of(storage)
-    late, in_time = ask(
+    late, in_time = decide_all(
         storage,
         replica,
         {"observation": [0, 0, 0, 0], "deadline_ms": 1e-9, "request_id": "late"},
@@ -185,7 +173,7 @@ def test_a_request_may_choose_a_mode_that_the_loop_file_allows(storage: Storage)
     replica = replica_of(storage, request_modes=("greedy",))
     obs = observations(1)[0]
     bodies = [{"observation": obs, "mode": "greedy", "request_id": f"g{i}"} for i in range(20)]
-    replies = ask(storage, replica, *bodies, {"observation": obs, "request_id": "s"})
+    replies = decide_all(storage, replica, *bodies, {"observation": obs, "request_id": "s"})
     policy = Registry(storage.registry(NAME)).bundle(1).policy
     best = int(policy.distributions(np.array([obs], np.float32))[0].argmax())
     assert {reply.json()["action"] for reply in replies[:20]} == {best}
@@ -193,13 +181,13 @@ def test_a_request_may_choose_a_mode_that_the_loop_file_allows(storage: Storage)
     greedy, sampled = logged(storage)[:20], logged(storage)[20]
     assert {(d.mode, d.mixture_propensity) for d in greedy} == {("greedy", 1.0)}
     assert sampled.mode == "sample" and 0 < sampled.propensity < 1
-    [refused] = ask(storage, replica, {"observation": obs, "mode": "sample"})
+    [refused] = decide_all(storage, replica, {"observation": obs, "mode": "sample"})
     assert refused.status == 422 and "allows greedy" in refused.error
 
 
 def test_an_explanation_is_what_was_drawn_from(storage: Storage) -> None:
     obs = observations(3)
-    replies = ask(
+    replies = decide_all(
         storage,
         replica_of(storage),
         {"observation": obs[0], "explain": True},
@@ -233,16 +221,16 @@ def test_a_plan_change_between_two_tries_leaves_the_logged_decision_in_force(sto
     unit = next(u for u in (f"u{i}" for i in range(100)) if assign(u, plan).name == "canary")
     body: dict[str, Any] = {"unit_id": unit, "request_id": "r"}
     body |= {"observations": observations(5)} if many else {"observation": observations(1)[0]}
-    [first] = ask(storage, replica_of(storage), body)
+    [first] = decide_all(storage, replica_of(storage), body)
     change(storage, "rollback")
     second_replica = replica_of(storage)
-    [again] = ask(storage, second_replica, body)
+    [again] = decide_all(storage, second_replica, body)
     assert again.json() == first.json()
     versions = {item["version"] for item in first.json()["decisions"]} if many else {first.json()["version"]}
     assert versions == {2} and len(logged(storage)) == (5 if many else 1)
     # Negative control: without a look into the log the new plan's champion would have answered.
     second_replica._ingress.repetitions._recall.find = lambda name: []
-    [without] = ask(storage, second_replica, body)
+    [without] = decide_all(storage, second_replica, body)
     versions = {item["version"] for item in without.json()["decisions"]} if many else {without.json()["version"]}
     assert versions == {1}
 
@@ -261,16 +249,16 @@ def test_the_same_id_with_another_body_is_a_conflict(
 ) -> None:
     body = {"observation": [0.1, 0, 0, 0], "unit_id": "u", "episode_id": "e", "request_id": "r"}
     replica = replica_of(storage)
-    [first] = ask(storage, replica, body)
+    [first] = decide_all(storage, replica, body)
     second = replica if same_replica else replica_of(storage)
-    conflict, again = ask(storage, second, {**body, **other}, body)
+    conflict, again = decide_all(storage, second, {**body, **other}, body)
     assert conflict.status == 409 and f"for another {named}" in conflict.error
     assert again.json() == first.json() and len(logged(storage)) == 1
 
 
 def test_repetitions_that_arrive_together_are_one_decision(storage: Storage) -> None:
     body = {"observation": [0.1, 0, 0, 0], "request_id": "r"}
-    *same, conflict = ask(storage, replica_of(storage), body, body, body, {**body, "observation": [0.2, 0, 0, 0]})
+    *same, conflict = decide_all(storage, replica_of(storage), body, body, body, {**body, "observation": [0.2, 0, 0, 0]})
     assert len({reply.body for reply in same}) == 1 and same[0].status == 200
     assert conflict.status == 409 and len(logged(storage)) == 1
 
@@ -279,7 +267,7 @@ def test_repetitions_that_arrive_together_are_one_decision(storage: Storage) -> 
 def test_repetitions_are_found_by_each_name_however_it_is_asked_for(storage: Storage, durability: str) -> None:
     obs = observations(3)
     replica = replica_of(storage, durability=durability)
-    pair, other, alone = ask(
+    pair, other, alone = decide_all(
         storage,
         replica,
         {"observations": obs[:2], "request_ids": ["a", "b"]},
@@ -308,16 +296,16 @@ def test_what_the_disk_did_not_take_is_told_again_from_memory_and_then_from_the_
 
     with monkeypatch.context() as patched:
         patched.setattr(log._writer, "append", full)
-        [first, _] = ask(storage, replica, body, other)
+        [first, _] = decide_all(storage, replica, body, other)
         assert first.status == 200 and log.status()["num_buffered"] == (4 if many else 2)
         change(storage, "rollback")  # the new plan's champion would answer something else
         replica._variants.refresh(now=3.0)
-        again, conflict = ask(storage, replica, body, {**body, "unit_id": "x"})
+        again, conflict = decide_all(storage, replica, body, {**body, "unit_id": "x"})
         assert again.json() == first.json() and log.status()["num_unlogged"] == (4 if many else 2)
         assert conflict.status == 409 if not many else conflict.json()["decisions"][0]["error"]["status"] == 409
         # Negative control: without a look at what is kept it is decided again.
         patched.setattr(replica._ingress.repetitions._recall, "_kept", {})
-        assert ask(storage, replica, body)[0].json() != first.json()
+        assert decide_all(storage, replica, body)[0].json() != first.json()
         log._kept.pop()
 
     async def back() -> None:
@@ -326,7 +314,7 @@ def test_what_the_disk_did_not_take_is_told_again_from_memory_and_then_from_the_
 
     log._tried_s -= 10
     asyncio.run(back())
-    [later] = ask(storage, replica, body)
+    [later] = decide_all(storage, replica, body)
     assert later.json() == first.json() and replica._ingress.repetitions._recall._kept == {}
     assert len(logged(storage)) == (4 if many else 2)
 
@@ -340,7 +328,7 @@ def test_what_was_dropped_is_not_remembered(storage: Storage, monkeypatch: pytes
 
     monkeypatch.setattr(replica._decisions._writer, "append", full)
     for name in ("kept", "dropped"):
-        ask(storage, replica, {"observation": [0.1, 0, 0, 0], "request_id": name})
+        decide_all(storage, replica, {"observation": [0.1, 0, 0, 0], "request_id": name})
     status = replica._decisions.status()
     assert (status["num_buffered"], status["num_dropped"]) == (1, 1)
     assert [name.partition(".")[0] for name in replica._ingress.repetitions._recall._kept] == ["kept"]
@@ -435,7 +423,7 @@ def test_when_the_other_replicas_logs_cannot_be_read_only_named_requests_fail(
         raise PermissionError(13, "not yours")
 
     monkeypatch.setattr(replica._ingress.repetitions._recall, "catch_up", refuse)
-    named, unnamed = ask(storage, replica, {"observation": [0, 0, 0, 0], "request_id": "r"}, {"observation": [0, 0, 0, 0]})
+    named, unnamed = decide_all(storage, replica, {"observation": [0, 0, 0, 0], "request_id": "r"}, {"observation": [0, 0, 0, 0]})
     assert (named.status, unnamed.status) == (503, 200) and "not yours" in named.error
 
 
@@ -459,9 +447,9 @@ def test_a_batch_that_fails_is_told_to_each_request_once(storage: Storage, monke
 
 def test_a_later_life_of_a_replica_remembers_what_the_earlier_one_logged(storage: Storage) -> None:
     body = {"observation": [0.1, 0, 0, 0], "request_id": "r"}
-    [first] = ask(storage, replica_of(storage), body)
-    [again] = ask(storage, replica_of(storage), body)
-    [conflict] = ask(storage, replica_of(storage), {**body, "unit_id": "x"})
+    [first] = decide_all(storage, replica_of(storage), body)
+    [again] = decide_all(storage, replica_of(storage), body)
+    [conflict] = decide_all(storage, replica_of(storage), {**body, "unit_id": "x"})
     assert again.json() == first.json() and conflict.status == 409 and len(logged(storage)) == 1
 
 
@@ -473,7 +461,7 @@ def test_what_was_answered_under_a_shield_or_among_many_replays(storage: Storage
     publish(storage, random_policy(2))
     release(storage, 2, weights=(0.5, 1.0))
     replica = replica_of(storage, **config)
-    ask(storage, replica, {"observations": observations(1000), "unit_ids": [f"u{i}" for i in range(1000)]})
+    decide_all(storage, replica, {"observations": observations(1000), "unit_ids": [f"u{i}" for i in range(1000)]})
     by_rung: dict[str, list[Decision]] = {}
     for decision in logged(storage):
         by_rung.setdefault(decision.rung, []).append(decision)
@@ -486,7 +474,7 @@ def test_what_was_answered_under_a_shield_or_among_many_replays(storage: Storage
 
 @pytest.mark.parametrize("changed", ["action", "seed", "propensity"])
 def test_a_changed_line_does_not_replay(storage: Storage, changed: str) -> None:
-    ask(storage, replica_of(storage), {"observation": [0.1, 0.2, 0.3, 0.4], "request_id": "r"})
+    decide_all(storage, replica_of(storage), {"observation": [0.1, 0.2, 0.3, 0.4], "request_id": "r"})
     [path] = storage.decisions(NAME).glob("*.jsonl")
     [decision] = logged(storage)
     other = {"action": 1 - decision.action, "seed": decision.seed + 1, "propensity": decision.propensity / 2}[changed]

@@ -19,10 +19,9 @@ from policies.policy import Policy
 from policies.records import Decision
 from policies.spaces import Spaces
 from policies.storage import Storage, open_storage
-from serve_app.config import ServingConfig
 from serve_app.replica import PolicyReplica
 from tests.bundles import golden_as_trained, make_report, policy_on
-from tests.serving_helpers import NAME, Reply, call, publish, read_new
+from tests.serving_helpers import NAME, Reply, call, publish, read_new, replica_of
 from tests.training_environments import allowed_choices
 from training.config import EnvironmentConfig, TrainingConfig
 from training.environment import VectorEnvironment, check_environment, read_spaces
@@ -215,7 +214,7 @@ def storage(tmp_path: Path) -> Storage:
 
 def served(storage: Storage, policy: Policy, golden: Golden) -> PolicyReplica:
     publish(storage, policy, golden=golden)
-    return PolicyReplica(NAME, str(storage.root), ServingConfig().model_dump())
+    return replica_of(storage)
 
 
 def decide(storage: Storage, replica: PolicyReplica, bodies: list[dict[str, Any]]) -> list[Reply]:

@@ -28,8 +28,8 @@ from serve_app.deciding import Answer
 from serve_app.replica import PolicyReplica
 from serve_app.tally import Tally
 from tests.direct_replica import direct_replica
-from tests.serving_helpers import NAME, call, publish, random_policy, variant_of
-from tests.unit.test_ingress import EVERYBODY, NanForPositive, Raising, decide_all, no_space, put_in_force
+from tests.serving_helpers import NAME, call, decide_all, publish, random_policy, variant_of
+from tests.unit.test_ingress import EVERYBODY, NanForPositive, Raising, no_space, put_in_force
 
 # In CI the tests with Prometheus fail without it: they must not be lost unnoticed.
 needs_prometheus = pytest.mark.skipif(
@@ -77,7 +77,7 @@ def test_after_n_decisions_and_m_refusals_the_numbers_are_n_and_m(storage: Stora
     replica, key = replica_of(storage), storage.api_keys.owner_key()
     many = {"observations": [ZEROS] * 5}
     named = {"observation": ZEROS, "request_id": "r"}
-    replies = decide_all(storage, replica, [{"observation": ZEROS}] * 3 + [many] + [{"observation": [0]}] * 4 + [named] * 2)
+    replies = decide_all(storage, replica, *([{"observation": ZEROS}] * 3 + [many] + [{"observation": [0]}] * 4 + [named] * 2))
 
     async def others() -> None:
         feedback = [{"decision_id": reply.json()["decision_id"], "reward": 1.0} for reply in replies[:2]]
@@ -110,11 +110,11 @@ def test_who_answered_and_what_was_mended_is_counted(storage: Storage) -> None:
     """Two decisions by a canary; one by the champion for it, of a row that it gives NaN for; and one observation was cut."""
     replica = replica_of(storage, fallback=FallbackConfig(repair=("clip",)))
     put_in_force(replica, EVERYBODY, variant_of(1, random_policy(1)), NanForPositive(2, "d2", random_policy(2), "sample"))
-    replies = decide_all(storage, replica, [{"observation": [0, -1, 0, 0]}, {"observation": [5, -1, 0, 0]}])
+    replies = decide_all(storage, replica, *[{"observation": [0, -1, 0, 0]}, {"observation": [5, -1, 0, 0]}])
     assert [reply.status for reply in replies] == [200] * 2
     assert decisions(scrape(replica)) == {("canary", "2", "arm"): 2}
     assert value(scrape(replica), "trimtab_repaired_decisions_total") == 1
-    decide_all(storage, replica, [{"observation": [0, 1, 0, 0]}])
+    decide_all(storage, replica, {"observation": [0, 1, 0, 0]})
     assert decisions(scrape(replica)) == {("canary", "2", "arm"): 2, ("canary", "1", "champion"): 1}
 
 
@@ -122,7 +122,7 @@ def test_what_nobody_answered_counts_for_nobody(storage: Storage) -> None:
     """Of two one gives NaN: alone it is refused alone, in a request where all or none are answered the other one is too."""
     replica = replica_of(storage)
     put_in_force(replica, champion_only(9, 1), NanForPositive(1, "d1", random_policy(1), "sample"))
-    replies = decide_all(storage, replica, [{"observation": [0, -1, 0, 0]}, {"observation": [0, 1, 0, 0]}])
+    replies = decide_all(storage, replica, *[{"observation": [0, -1, 0, 0]}, {"observation": [0, 1, 0, 0]}])
     assert [reply.status for reply in replies] == [200, 503]
     rows = [0.0, -1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     infer = {"inputs": [{"name": "observation", "shape": [2, 4], "datatype": "FP32", "data": rows}]}
@@ -134,12 +134,12 @@ def test_what_nobody_answered_counts_for_nobody(storage: Storage) -> None:
 def test_an_open_breaker_and_a_failing_log_are_told(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     replica = replica_of(storage, on_log_failure="answer")
     put_in_force(replica, EVERYBODY, variant_of(1, random_policy(1)), Raising(2, "d2", random_policy(2), "sample"))
-    decide_all(storage, replica, [{"observation": ZEROS}] * 5)
+    decide_all(storage, replica, *[{"observation": ZEROS}] * 5)
     before = scrape(replica)
     assert value(before, "trimtab_breaker_open", version="2") == value(before, "trimtab_breaker_openings_total", version="2") == 1
     assert (value(before, "trimtab_log_failing"), value(before, "trimtab_log_failures_total")) == (0, 0)
     monkeypatch.setattr(replica._decisions._writer, "append", no_space)
-    decide_all(storage, replica, [{"observation": ZEROS}] * 3)
+    decide_all(storage, replica, *[{"observation": ZEROS}] * 3)
     after = scrape(replica)
     assert (value(after, "trimtab_log_failing"), value(after, "trimtab_log_failures_total")) == (1, 1)
     assert (value(after, "trimtab_log_unlogged_decisions_total"), value(after, "trimtab_log_buffered_decisions")) == (3, 3)
@@ -153,7 +153,7 @@ def test_counters_only_grow_and_refused_decisions_are_in_none(storage: Storage, 
     for number in range(6):
         monkeypatch.setattr(replica._decisions._writer, "append", no_space if number == 3 else append)
         monkeypatch.setattr("serve_app.durable_log.RETRY_S", 0.0)
-        decide_all(storage, replica, [{"observation": ZEROS}] * number)
+        decide_all(storage, replica, *[{"observation": ZEROS}] * number)
         seen.append(scrape(replica))
     for before, after in zip(seen, seen[1:]):
         counted = [key for key in before if key[0].endswith(("_total", "_bucket", "_count", "_sum"))]
@@ -183,7 +183,7 @@ def test_however_many_are_counted_at_once_the_totals_are_the_same(monkeypatch: p
 @needs_prometheus
 def test_promtool_finds_nothing_to_say_about_the_page(storage: Storage) -> None:
     replica = replica_of(storage)
-    decide_all(storage, replica, [{"observation": ZEROS}])
+    decide_all(storage, replica, {"observation": ZEROS})
     good = replica.api._metrics.text()
     bad = good.replace(b"trimtab_batches_total", b"trimtab_batches")  # negative control: a counter's name ends in _total
     check = ["promtool", "check", "metrics"]

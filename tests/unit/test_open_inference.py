@@ -12,16 +12,14 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from policies.golden import Golden
-from policies.log_reader import LogTail
 from policies.network import Architecture, tensor_shapes
 from policies.observations import Box, Categories, Group
 from policies.policy import Policy
-from policies.records import Decision
 from policies.registry import Registry
 from policies.spaces import Choices, Spaces
 from policies.storage import Storage, open_storage
 from tests.direct_replica import direct_replica
-from tests.serving_helpers import NAME, golden_of, publish, random_policy, read_new, release
+from tests.serving_helpers import NAME, golden_of, logged, publish, random_policy, release
 
 
 @pytest.fixture
@@ -38,10 +36,6 @@ def client_of(storage: Storage, **config: Any) -> Iterator[tuple[triton.Inferenc
         client = triton.InferenceServerClient(replica.url.removeprefix("http://"), connection_timeout=10, network_timeout=10)
         yield client, {"Authorization": f"Bearer {replica.key}"}, replica.url
         client.close()
-
-
-def logged(storage: Storage) -> list[Decision]:
-    return read_new(LogTail(storage.decisions(NAME), Decision))
 
 
 def observation_input(obs: np.ndarray, *, binary: bool = True) -> triton.InferInput:

@@ -9,11 +9,10 @@ import pytest
 from policies.log_reader import LogTail
 from policies.records import Feedback
 from policies.storage import Storage, open_storage
-from serve_app.config import ServingConfig
 from serve_app.decision_ids import DecisionIds
 from serve_app.replica import PolicyReplica
 from tests.disks import Disk
-from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new
+from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, replica_of
 
 DOORS = ("feedback", "overrides")
 
@@ -26,7 +25,7 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def replica_on(storage: Storage, disk: Disk, durability: str) -> PolicyReplica:
-    replica = PolicyReplica(NAME, str(storage.root), ServingConfig(durability=durability, log_timeout_s=0.2).model_dump())
+    replica = replica_of(storage, durability=durability, log_timeout_s=0.2)
     for log in (replica._feedback, replica._overrides):
         if log.commit is not None:
             log.commit._fsync = disk.fsync

@@ -15,8 +15,7 @@ from policies.records import Decision, Override, Shadow
 from policies.storage import Storage, open_storage
 from serve_app import shadowing as shadowing_module
 from serve_app.replica import PolicyReplica
-from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, variant_of
-from tests.unit.test_many import replica_of
+from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, replica_of, variant_of
 
 
 @pytest.fixture
