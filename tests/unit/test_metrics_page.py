@@ -23,12 +23,12 @@ from policies.storage import Storage, open_storage
 from policies.telemetry import LATENCY_BUCKETS_S
 from policies.traffic import champion_only
 from serve_app import tally as tally_module
-from serve_app.config import FallbackConfig, ServingConfig
+from serve_app.config import FallbackConfig
 from serve_app.deciding import Answer
 from serve_app.replica import PolicyReplica
 from serve_app.tally import Tally
 from tests.direct_replica import direct_replica
-from tests.serving_helpers import NAME, call, decide_all, publish, random_policy, variant_of
+from tests.serving_helpers import NAME, call, decide_all, publish, random_policy, replica_of, variant_of
 from tests.unit.test_ingress import EVERYBODY, NanForPositive, Raising, no_space, put_in_force
 
 # In CI the tests with Prometheus fail without it: they must not be lost unnoticed.
@@ -46,10 +46,6 @@ def storage(tmp_path: Path) -> Storage:
     storage = open_storage(tmp_path / "storage")
     publish(storage, random_policy(1))
     return storage
-
-
-def replica_of(storage: Storage, **config: Any) -> PolicyReplica:
-    return PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
 
 
 def scrape(replica: PolicyReplica) -> dict[Key, float]:

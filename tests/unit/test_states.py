@@ -28,12 +28,23 @@ from policies.records import Decision
 from policies.spaces import Spaces
 from policies.storage import Storage, open_storage
 from policies.traffic import champion_only
-from serve_app.config import ServingConfig
 from serve_app.openapi import openapi_document
 from serve_app.replica import PolicyReplica
 from tests.bundles import golden_as_trained, policy_on
 from tests.direct_replica import DirectReplica, direct_replica
-from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release, snapshot_of, variant_of
+from tests.serving_helpers import (
+    NAME,
+    Reply,
+    call,
+    decide_all,
+    publish,
+    random_policy,
+    read_new,
+    release,
+    replica_of,
+    snapshot_of,
+    variant_of,
+)
 from training.config import EnvironmentConfig
 from training.environment import read_spaces
 from training.vectorization import make_single
@@ -68,22 +79,8 @@ def storage(tmp_path: Path) -> Storage:
     return published(tmp_path / "storage", policy_with_history(1))
 
 
-def replica_of(storage: Storage, **config: Any) -> PolicyReplica:
-    return PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
-
-
-def ask(storage: Storage, replica: PolicyReplica, *bodies: dict[str, Any]) -> list[Reply]:
-    key = storage.api_key_file.read_text()
-
-    async def run() -> list[Reply]:
-        calls = [call(replica.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key) for body in bodies]
-        return await asyncio.gather(*calls)
-
-    return asyncio.run(run())
-
-
 def told(storage: Storage, replica: PolicyReplica, body: dict[str, Any]) -> dict[str, Any]:
-    [reply] = ask(storage, replica, body)
+    [reply] = decide_all(storage, replica, body)
     assert reply.status == 200, reply.body
     return reply.json()
 
@@ -227,12 +224,12 @@ def test_the_same_id_with_another_state_or_frame_is_a_conflict_that_says_which(s
         ({"observation": FRAME}, "another observation;"),
         ({"observation": FRAME, "state": token(NEXT, FRAME, NEXT)}, "another observation and state;"),
     ):
-        [reply] = ask(storage, replica, body | change)
+        [reply] = decide_all(storage, replica, body | change)
         assert reply.status == 409 and name in reply.error, reply.body
     whole = {"observation": [FRAME, FRAME, NEXT, NEXT], "request_id": "r"}
     assert told(storage, replica, whole) == {key: value for key, value in answer.items() if key != "state"}
     assert len(logged(storage)) == 1
-    [reply] = ask(storage, replica, body | {"state": "no state"})
+    [reply] = decide_all(storage, replica, body | {"state": "no state"})
     assert reply.status == 400 and "8 characters, this policy's have 34" in reply.error
 
 
@@ -243,7 +240,7 @@ def test_what_was_decided_within_wider_bounds_is_told_again(storage: Storage) ->
     narrow = policy_on(replace(SPACES, observation=Box(-bound, bound)), Architecture((8,)))
     replica._variants.snapshot = snapshot_of(champion_only(2, 2), variant_of(2, narrow))
     assert told(storage, replica, body) == answer
-    [reply] = ask(storage, replica, body | {"request_id": "new"})
+    [reply] = decide_all(storage, replica, body | {"request_id": "new"})
     assert reply.status == 422, "the control"
 
 
@@ -291,7 +288,7 @@ def test_a_frame_is_mended_before_it_is_put_behind_the_others(storage: Storage) 
     assert going_on["repair"] == "observation[1] was missing, 0.25 is taken"
     assert logged(storage)[1].observation == [[edge, 0.125]] * 3 + [[0.0, 0.25]]
     assert told(storage, replica, body) == going_on
-    [reply] = ask(storage, replica, body | {"state": ""})
+    [reply] = decide_all(storage, replica, body | {"state": ""})
     assert reply.status == 409 and "another state" in reply.error
 
 
@@ -327,7 +324,7 @@ WRONG = [
 def test_what_is_wrong_with_a_state_is_said_with_the_remedy(
     storage: Storage, body: dict[str, Any], status: int, message: str | None
 ) -> None:
-    [reply] = ask(storage, replica_of(storage), body)
+    [reply] = decide_all(storage, replica_of(storage), body)
     assert reply.status == status, reply.body
     assert message is None or message in reply.error, reply.error
     if status == 400 and message is not None:
@@ -339,7 +336,7 @@ def test_a_policy_without_a_history_takes_no_state_and_tells_none(tmp_path: Path
     publish(storage, random_policy(1))
     replica = replica_of(storage)
     for body in ({"observation": [0, 0, 0, 0], "state": ""}, {"observations": [[0, 0, 0, 0]], "states": [""]}):
-        [reply] = ask(storage, replica, body)
+        [reply] = decide_all(storage, replica, body)
         assert reply.status == 400 and "this policy has no history" in reply.error
     assert set(told(storage, replica, {"observation": [0, 0, 0, 0]})) == {
         "decision_id", "action", "policy", "version", "arm", "propensity", "fallback",
@@ -385,7 +382,7 @@ def test_no_state_that_somebody_made_up_is_taken_for_anything_else_or_breaks_a_r
     bodies = [{"observation": FRAME, "state": text} for text in texts if text != ""]
     for start in range(0, len(bodies), 100):
         part = bodies[start : start + 100]
-        for body, reply in zip(part, ask(storage, replica, *part)):
+        for body, reply in zip(part, decide_all(storage, replica, *part)):
             expected = 200 if is_a_state(body["state"].encode("ascii", "replace").decode()) else 400
             assert reply.status == expected, (body, reply.body)
             statuses[reply.status] += 1
