@@ -159,11 +159,7 @@ class Recall:
             return False
         lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
         for line in lines:
-            if line.startswith(_ID_START):
-                name = line[len(_ID_START) : line.index(b'"', len(_ID_START))].decode()
-                self.remember((name,), path, offset)
-            elif line.startswith(BATCH_PREFIX):
-                self.remember(names_of_batch(line), path, offset)
+            self.remember(_names_in(line), path, offset)
             offset += len(line) + 1
         self._others[path] = offset
         return bool(lines)
@@ -177,14 +173,21 @@ def _decisions_in(line: bytes, name: str) -> list[Decision]:
     return decisions if name == batch.batch_id else [d for d in decisions if d.decision_id == name]
 
 
-def names_of_batch(line: bytes) -> list[str]:
-    """Return under which names a batch may be asked for again: its own, or those of its decisions if each has one."""
+def _names_in(line: bytes) -> list[str]:
+    """Return under which names a line may be asked for: a decision, a batch, or its decisions if each has a name of its own.
+
+    None for a header, or for a line that was changed since: a writer leaves only whole lines. The monitor reports that too.
+    """
     try:
+        if line.startswith(_ID_START):
+            return [line[len(_ID_START) : line.index(b'"', len(_ID_START))].decode()]
+        if not line.startswith(BATCH_PREFIX):
+            return []
         ids = _ids_decoder.decode(line)
-    except msgspec.DecodeError as error:  # not by us: a writer leaves only whole lines; the monitor reports it
+        return [ids.batch_id] if ids.batch_id else ids.decision_ids
+    except (msgspec.DecodeError, ValueError) as error:
         logger.error("event=log_line_damaged error=%r", str(error))
         return []
-    return [ids.batch_id] if ids.batch_id else ids.decision_ids
 
 
 def _bytes_at(path: Path, offset: int, num_bytes: int) -> bytes:

@@ -110,7 +110,7 @@ function showStatus(status) {
   drawCharts(status.series);
 }
 
-// A replica that cannot reach the monitor answers with the plan alone: what it left out is unknown, not empty.
+// A replica that cannot reach the monitor answers with the plan and itself alone: what it left out is unknown, not empty.
 function drawKnown(id, data, build) {
   if (data === undefined) redraw(id, "unknown", () => [empty("Not known while the monitor is away.")]);
   else redraw(id, data, build);

@@ -122,6 +122,15 @@ def test_a_segment_that_is_gone_is_no_error(tmp_path: Path) -> None:
     assert len(recall._others) == 0, "it is forgotten"
 
 
+@pytest.mark.parametrize("damaged", [b'{"decision_id":"abc\n', b'{"decision_id":"\xff\xfe"}\n', b'{"batch_id":"b"\n'])
+def test_a_damaged_line_hides_no_other_one(tmp_path: Path, damaged: bytes) -> None:
+    """Else every later batch with a named request would fail, and the task that reads along would end."""
+    recall, other = Recall(tmp_path, "me"), SegmentWriter(tmp_path, "decisions", "other")
+    other.append(line("a") + damaged + line("b"))
+    recall.catch_up()
+    assert names(recall, "a") == ["a"] and names(recall, "b") == ["b"]
+
+
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
