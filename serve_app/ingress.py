@@ -38,7 +38,6 @@ from serve_app.wire import DecideManyAnswer, encode
 
 ARM_HEADER = b"x-trimtab-arm"  # with a key of scope operate: which arm is to answer, for testers
 
-
 logger = logging.getLogger(__name__)
 
 Decided = tuple[Rows, list[Answer | ServiceUnavailable]]
@@ -359,7 +358,7 @@ class Ingress:
 
         What became of the log may be known at once or, where it is flushed to the disk, a little later.
         """
-        decided, num_repaired = self._decided, self._num_repaired
+        decided, self._decided, num_repaired = self._decided, [], self._num_repaired
         lines = b"".join([draft.line for draft in drafts])
         if not lines:
             return deliver_each([draft.result for draft in drafts], delivers)
