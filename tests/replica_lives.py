@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.config import ServingConfig
-from serve_app.durable_log import DecisionLog, Then
+from serve_app.durable_log import DecisionLog, Moved, Then
 from serve_app.recall import Recall
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME
@@ -57,7 +57,7 @@ def _wait_for_the_end(pid: int) -> bool:
 def _answer_before_writing() -> None:
     append = DecisionLog.append
 
-    def write_later(self: DecisionLog, lines: bytes, num_decisions: int, then: Then) -> None:
+    def write_later(self: DecisionLog, lines: bytes, num_decisions: int, then: Then, moved: Moved) -> None:
         then(None, None)
         asyncio.get_running_loop().call_later(0.05, append, self, lines, num_decisions, lambda error, place: None)
 
