@@ -29,10 +29,22 @@ def require_history(spaces: Spaces) -> None:
 
 
 def with_frame(frame_F: np.ndarray, state: str, spaces: Spaces) -> np.ndarray:
-    """Return the features [D] of a checked frame after what a state holds; raises `RequestInvalid` (400) for no such state."""
+    """Return the features [D] of a checked frame after what a state holds; raises `RequestInvalid` (400) for no such state.
+
+    The state's frames are finite. Whether they are within bounds, `require_bounds` says, after repairs: a version may have
+    narrower ones than that which the state is from.
+    """
     if state == BEGINNING:
         return np.tile(frame_F, spaces.history)
     return np.concatenate([_frames_of(state, spaces), frame_F])
+
+
+def require_bounds(obs_D: np.ndarray, spaces: Spaces) -> None:
+    """Raise `RequestInvalid` (400) unless a state's frames, in front of a checked one, are within the policy's bounds."""
+    is_fit_D = (obs_D >= spaces.low_D) & (obs_D <= spaces.high_D)
+    if not is_fit_D.all():
+        place = int(np.argmin(is_fit_D))
+        raise _invalid(f"holds {obs_D[place]:g}, outside [{spaces.low_D[place]:g}, {spaces.high_D[place]:g}]")
 
 
 def as_observation(obs_D: np.ndarray, spaces: Spaces) -> list[Any]:
@@ -67,11 +79,8 @@ def _frames_of(state: str, spaces: Spaces) -> np.ndarray:
         raise _invalid(f"is of version {data[0]}, this Trimtab writes and reads {VERSION}")
     if _encoded(frames) != state:  # the decoder passes over characters that are none of base64url's
         raise _invalid("is not base64url")
-    low_D, high_D = spaces.low_D[num_features:], spaces.high_D[num_features:]
-    is_fit_D = (frames >= low_D) & (frames <= high_D) & np.isfinite(frames)
-    if not is_fit_D.all():
-        place = int(np.argmin(is_fit_D))
-        raise _invalid(f"holds {frames[place]:g}, outside [{low_D[place]:g}, {high_D[place]:g}] or not finite")
+    if not np.isfinite(frames).all():
+        raise _invalid("holds a number that is not finite")
     return frames.astype(np.float32)
 
 

@@ -127,8 +127,8 @@ class RegistryState:
     @property
     def previous_champion(self) -> int | None:
         """The last champion before the present one whose bundle is still there; None when there is none."""
-        kept = (version for version in reversed(self.former_champions) if self.versions[version].collected_at is None)
-        return next(kept, None)
+        others = (version for version in reversed(self.former_champions) if version != self.champion)
+        return next((version for version in others if self.versions[version].collected_at is None), None)
 
     def plan_numbered(self, number: int) -> TrafficPlan | None:
         """Return the plan that a journal entry made, or None when it made none."""

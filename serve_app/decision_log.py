@@ -39,6 +39,7 @@ class SegmentWriter:
         self._keeps_unflushed = False
         self._is_unflushed = False  # the open segment has lines that nobody took to flush
         self._unflushed: list[int] = []  # finished segments of which that is true, as descriptors of their own
+        self._others_unflushed: set[Path] = set()
         self._has_new_name = False
 
     def append(self, lines: bytes) -> tuple[Path, int]:
@@ -83,13 +84,17 @@ class SegmentWriter:
                     os.close(descriptor)
                 raise
         taken, self._unflushed = [*self._unflushed, *more], []
+        self._others_unflushed.clear()
         self._is_unflushed = self._has_new_name = False
         return taken
 
     def flush_too(self, path: Path) -> None:
         """Have another writer's segment flushed with our own next time: what it appended may be in the page cache alone."""
+        if path in self._others_unflushed:
+            return
         with contextlib.suppress(FileNotFoundError):  # it was sealed meanwhile, and that is flushed
             self._unflushed.append(os.open(path, os.O_RDONLY))
+            self._others_unflushed.add(path)
 
     def give_up(self) -> None:
         """Never write to the current segment again, nor flush what was not taken to be flushed."""
@@ -98,6 +103,7 @@ class SegmentWriter:
         for descriptor in self._unflushed:
             os.close(descriptor)
         self._unflushed = []
+        self._others_unflushed.clear()
 
     def _open_next(self) -> None:
         """Start the next segment; it gets its name, and with it readers, only when it is locked and its header is complete."""

@@ -187,16 +187,21 @@ def row_told_again(ask: ManyAsk, row: int, logged: Decision, spaces: Spaces) -> 
 def _different_frames(logged: Decision, observation: Any, state: str | None, spaces: Spaces) -> list[str]:
     """Return which of an observation and a state are others than in the log, which holds them as one observation.
 
-    One that was mended is not compared: then the log holds another one than the request. Bounds are not looked at again: they
-    may have been wider when this was decided.
+    One that was mended is not compared: then the log holds another one than the request; of a state, what may have been cut to
+    its bounds. Otherwise bounds are not looked at again: they may have been wider when this was decided.
     """
     is_mended = logged.repair is not None
     if state is None:
         return ["observation"] if not is_mended and observation != logged.observation else []
-    spaces, newest = spaces.without_observation_bounds(), logged.observation[-1]
-    frame_F = spaces.check_frame(newest if is_mended else observation)
-    *earlier, frame = history.as_observation(history.with_frame(frame_F, state, spaces), spaces)
-    different = {"observation": frame != newest, "state": earlier != logged.observation[:-1]}
+    unbounded, newest = spaces.without_observation_bounds(), logged.observation[-1]
+    frame_F = unbounded.check_frame(newest if is_mended else observation)
+    obs_D = history.with_frame(frame_F, state, unbounded)
+    *earlier, frame = history.as_observation(obs_D, spaces)
+    is_same_state = earlier == logged.observation[:-1]
+    if is_mended and not is_same_state:
+        cut_D = np.clip(obs_D, spaces.low_D, spaces.high_D)
+        is_same_state = history.as_observation(cut_D, spaces)[:-1] == logged.observation[:-1]
+    different = {"observation": frame != newest, "state": not is_same_state}
     return [name for name, is_different in different.items() if is_different]
 
 

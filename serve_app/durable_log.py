@@ -75,16 +75,24 @@ class DecisionLog:
     def tell(self, paths: Iterable[Path], then: Callable[[TrimtabError | None], None]) -> None:
         """Call `then` when what other replicas have appended to these segments is as durable as what is appended here.
 
-        Another replica's line can be read before that one has flushed it, and must not be told before it is on the disk.
+        Another replica's line can be read before that one has flushed it, and must not be told before it is on the disk. While
+        this replica's own disk fails, `answer` tells it all the same, as it does with its own.
         """
         if self._commit is None:
             return then(None)
+
+        def flushed(error: OSError | None) -> None:
+            if error is not None:
+                self._note_failure(error)
+            then(None if error is None or self._on_failure == "answer" else self._not_told(error))
+
         try:
+            self._commit.require_room()
             for path in paths:
                 self._writer.flush_too(path)
-            self._commit.after_sync(lambda error: then(None if error is None else self._not_told(error)))
+            self._commit.after_sync(flushed)
         except OSError as error:  # too many open files
-            then(self._not_told(error))
+            flushed(error)
         except Overloaded as error:
             then(error)
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from policies.bundle_reader import Bundle
-from policies.errors import ConfigError, IntegrityError
+from policies.errors import ConfigError, IntegrityError, TrimtabError
 from policies.golden import require_golden
 from policies.onnx_engine import OnnxEngine, is_computable
 from policies.policy import Policy
@@ -41,8 +41,7 @@ def engine_for(version: int, bundle: Bundle, setting: EngineSetting) -> OnnxEngi
     if setting == NUMPY or not is_computable(policy):
         return None
     try:
-        engine = OnnxEngine(policy)
-        check_engine(engine, bundle)
+        engine = _checked_engine(bundle)
     except ConfigError as error:
         if setting == "auto":
             return None
@@ -60,6 +59,17 @@ def engine_for(version: int, bundle: Bundle, setting: EngineSetting) -> OnnxEngi
     figures = " ".join(f"{name.split('=')[0]}_us={_figures(of_size)}" for name, of_size in times_us.items())
     logger.info("event=engine_chosen version=%d engine=%s rows=%s %s", version, chosen, "/".join(map(str, SIZES)), figures)
     return engine if chosen == engine.name else None
+
+
+def _checked_engine(bundle: Bundle) -> OnnxEngine:
+    try:
+        engine = OnnxEngine(bundle.policy)
+        check_engine(engine, bundle)
+        return engine
+    except TrimtabError:
+        raise
+    except Exception as error:  # its package cannot be imported here, or does not compute what it has read
+        raise IntegrityError(f"ONNX Runtime failed: {error!r:.300}") from error
 
 
 def choose(times_us: dict[str, dict[int, float]]) -> str:

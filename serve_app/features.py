@@ -84,8 +84,15 @@ def _encode_each(
             if state is None:
                 obs.append(spaces.check_observation(mended[index]))
             else:
-                obs.append(history.with_frame(spaces.check_frame(mended[index]), state, spaces))
-                mended[index] = history.as_observation(obs[-1], spaces)
+                obs_D = history.with_frame(spaces.check_frame(mended[index]), state, spaces)
+                mended[index], note = history.as_observation(obs_D, spaces), None
+                if repair is not None:
+                    mended[index], note = repair.mend(mended[index], spaces.observation)
+                if note is not None:
+                    repairs[index] = "; ".join(filter(None, (repairs.get(index), note)))
+                    obs_D = spaces.check_observation(mended[index])
+                history.require_bounds(obs_D, spaces)
+                obs.append(obs_D)
         except RequestInvalid as error:
             refusals[index] = error
             continue

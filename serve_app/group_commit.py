@@ -57,13 +57,17 @@ class GroupCommit:
 
         Raises `Overloaded`, without a callback, when too many wait already.
         """
-        if len(self._waiting) >= self._max_waiting:
-            raise Overloaded(f"{len(self._waiting)} batches wait for the disk, the limit is {self._max_waiting}; try again later")
+        self.require_room()
         self._waiting.append(callback)
         if self.is_overdue:
             self._fail_all(OSError(errno.ETIMEDOUT, f"an fsync has been running for more than {self._timeout_s:g} s"))
         elif not self._is_running:
             self._begin()
+
+    def require_room(self) -> None:
+        """Raise `Overloaded` when too many wait already."""
+        if len(self._waiting) >= self._max_waiting:
+            raise Overloaded(f"{len(self._waiting)} batches wait for the disk, the limit is {self._max_waiting}; try again later")
 
     async def close(self) -> None:
         """Wait until everybody who waits was called back, `timeout_s` for each fsync at most, then end the thread."""

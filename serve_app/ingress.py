@@ -273,7 +273,11 @@ class Ingress:
             except Exception:  # raised from here, it would be told to all who have their answers
                 logger.exception("event=batch_not_counted")
 
-        self._log.append(lines, num_decisions, logged, lambda where: self.repetitions.remember(drafts, where))
+        try:
+            self._log.append(lines, num_decisions, logged, lambda where: self.repetitions.remember(drafts, where))
+        except BaseException:  # a mistake of ours: repetitions would wait for ever
+            end_logging()
+            raise
 
     def _note(self, decided: list[Decided], num_repaired: int, started_s: list[float], snapshot: Snapshot) -> None:
         """Count what has been answered, and have the shadows asked about it."""

@@ -1,11 +1,14 @@
 """When may a request be told that its records are accepted? Once they are as durable as decisions are."""
 
 import asyncio
+import errno
+import time
 from pathlib import Path
 
 from policies.records import SegmentKind
 from serve_app.config import ServingConfig
 from serve_app.decision_log import SegmentWriter
+from serve_app.durable_log import RETRY_S
 from serve_app.group_commit import GroupCommit
 
 
@@ -14,6 +17,7 @@ class RecordLog:
 
     def __init__(self, directory: Path, kind: SegmentKind, writer: str, *, settings: ServingConfig) -> None:
         self.writer = SegmentWriter(directory, kind, writer)
+        self._failure, self._failed_s = OSError(errno.ETIMEDOUT, "an fsync hangs"), float("-inf")
         self.commit: GroupCommit | None = None
         if settings.durability == "fsync":
             self.commit = GroupCommit(self.writer, timeout_s=settings.log_timeout_s)
@@ -21,8 +25,18 @@ class RecordLog:
     async def append(self, lines: bytes) -> None:
         """Write whole lines with one system call, and wait until they are durable.
 
-        Raises `OSError` when they are not, or perhaps not, and `Overloaded` when too many wait for the disk already.
+        Raises `OSError` when they are not, or perhaps not, and `Overloaded` when too many wait for the disk already. A failure
+        ends the segment, so the disk is tried once per `RETRY_S` then, and not at all while an fsync hangs.
         """
+        if time.monotonic() - self._failed_s < RETRY_S or (self.commit is not None and self.commit.is_overdue):
+            raise self._failure
+        try:
+            await self._append(lines)
+        except OSError as error:
+            self._failure, self._failed_s = error, time.monotonic()
+            raise
+
+    async def _append(self, lines: bytes) -> None:
         self.writer.append(lines)
         if self.commit is None:
             return

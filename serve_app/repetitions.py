@@ -4,8 +4,8 @@ Only requests that their client named can be asked for again. Such a one may be 
 it may be in the same batch twice; or its line may be on its way to the disk. B asks of a batch.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,13 +49,15 @@ class Repetitions:
         if not any([ask.is_named for ask in asks]):
             return SortedOut(asks, delivers, {}, [])
         unreadable = self._catch_up()
-        find = cache(self._recall.find)  # however many repeat one request, its line is read once
+        times = Counter([name for ask in asks for name in ask.names])
+        wanted = {ask.name for ask in asks if ask.is_named} | {name for name, number in times.items() if number > 1}
+        logged = self._recall.find(wanted)
         seen: set[str] = set()
         first: list[int] = []
         repeated: Waiting = []
         for index, ask in enumerate(asks):
             names = ask.names
-            if any([name in self._being_logged or (name in seen and not find(name)) for name in names]):
+            if any([name in self._being_logged or (name in seen and name not in logged) for name in names]):
                 repeated.append((ask, delivers[index]))
             else:
                 first.append(index)
@@ -63,17 +65,18 @@ class Repetitions:
         asks, delivers = [asks[index] for index in first], [delivers[index] for index in first]
         if unreadable is not None:
             return SortedOut(asks, delivers, {i: Draft(unreadable) for i, ask in enumerate(asks) if ask.is_named}, repeated)
-        logged = {index: find(ask.name) for index, ask in enumerate(asks) if ask.is_named and ask.name}
-        drafts = {index: self._told_again(asks[index], found, spaces) for index, found in logged.items() if found}
+        before = {index: ask for index, ask in enumerate(asks) if ask.is_named and ask.name in logged}
+        drafts = {index: self._told_again(ask, logged[ask.name], spaces) for index, ask in before.items()}
         return SortedOut(asks, delivers, drafts, repeated)
 
     def rows_told_again(self, ask: ManyAsk, rows: Iterable[int], spaces: Spaces) -> tuple[dict[int, Any], tuple[Path, ...]]:
         """Return what is told of those rows that were asked for before under names of their own, and where it was found."""
         if not ask.is_named or ask.batch_id:
             return {}, ()
-        logged = {row: found for row in rows if (found := self._recall.find(ask.decision_ids[row]))}
-        told = {row: row_told_again(ask, row, found[0], spaces) for row, found in logged.items()}
-        return told, self._others_segments([ask.decision_ids[row] for row in logged])
+        row_of = {ask.decision_ids[row]: row for row in rows}
+        logged = self._recall.find(row_of)
+        told = {row_of[name]: row_told_again(ask, row_of[name], found[0], spaces) for name, found in logged.items()}
+        return told, self._others_segments(logged)
 
     def postpone(self, repeated: Waiting) -> None:
         """Have requests answered when what they repeat is in the log: in the next batch, or once it is flushed."""

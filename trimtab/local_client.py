@@ -102,6 +102,7 @@ class LocalClient:
         else:
             history.require_history(spaces)
             obs_D = history.with_frame(spaces.check_frame(observation), state, spaces)
+            history.require_bounds(obs_D, spaces)
             features, observation = obs_D.tolist(), history.as_observation(obs_D, spaces)
         request_id, decision_id = self._name(in_force.lease, request_id)
         unit_id = _checked("unit_id", unit_id) or _checked("episode_id", episode_id) or request_id

@@ -149,3 +149,17 @@ def test_a_torn_tail_is_not_read_until_it_is_a_line(tmp_path: Path) -> None:
         assert rewards(tmp_path, tail) == [1.0]
         file.write(line(2)[20:])
     assert rewards(tmp_path, tail) == [2.0]
+
+
+def test_another_writers_segment_is_opened_once_for_one_flush_however_often_it_is_asked_for(tmp_path: Path) -> None:
+    other, mine = (SegmentWriter(tmp_path, "decisions", name) for name in ("other", "mine"))
+    path, _ = other.append(b"{}\n")
+    for _ in range(100):
+        mine.flush_too(path)
+    descriptors = mine.take_unflushed()
+    assert len(descriptors) == 1
+    mine.flush_too(path)  # for the next flush it is opened anew: more may have been appended
+    descriptors += mine.take_unflushed()
+    assert len(descriptors) == 2
+    for descriptor in descriptors:
+        os.close(descriptor)

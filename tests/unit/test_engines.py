@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,17 @@ def test_where_it_is_not_installed_numpy_serves_quietly_unless_it_was_asked_for(
         assert engine_for(1, bundle, "numpy") is None
     assert not caplog.text
     with pytest.raises(ConfigError, match=r"serving.engine is onnxruntime.*no-such-package.*trimtab\[export\].*numpy"):
+        engine_for(1, bundle, "onnxruntime")
+
+
+def test_where_its_package_cannot_be_imported_numpy_serves_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = make_bundle(tmp_path, make_policy(1))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # importing it raises ImportError, whatever is installed
+    assert engine_for(1, bundle, "auto") is None
+    assert "event=engine_refused version=1" in caplog.text and "onnxruntime" in caplog.text
+    with pytest.raises(IntegrityError, match=r"serving.engine is onnxruntime, and ONNX Runtime failed.*numpy"):
         engine_for(1, bundle, "onnxruntime")
 
 

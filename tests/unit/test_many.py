@@ -229,7 +229,7 @@ def test_a_plan_change_between_two_tries_leaves_the_logged_decision_in_force(sto
     versions = {item["version"] for item in first.json()["decisions"]} if many else {first.json()["version"]}
     assert versions == {2} and len(logged(storage)) == (5 if many else 1)
     # Negative control: without a look into the log the new plan's champion would have answered.
-    second_replica._ingress.repetitions._recall.find = lambda name: []
+    second_replica._ingress.repetitions._recall.find = lambda names: {}
     [without] = decide_all(storage, second_replica, body)
     versions = {item["version"] for item in without.json()["decisions"]} if many else {without.json()["version"]}
     assert versions == {1}
@@ -406,6 +406,8 @@ def test_what_another_replica_has_not_flushed_is_told_once_it_is_on_the_disk(sto
         fast.fails_next = True
         lost = await call(second.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key)
         assert lost.status == 503 and "not known to be on the disk" in lost.error
+        status = second._decisions.status()
+        assert (status["state"], status["num_failures"]) == ("failing", 1)
         slow.can_go_on.set()
         mine = await asyncio.wait_for(calls[0], 10)
         told_rows = told.json()["decisions"][:2] if "decisions" in told.json() else told.json()

@@ -10,6 +10,7 @@ import pytest
 from serve_app import recall as recall_module
 from serve_app.decision_log import SegmentWriter
 from serve_app.recall import Recall
+from tests.logs import make_batch
 from tests.simulators import make_decision
 
 
@@ -18,7 +19,7 @@ def line(name: str) -> bytes:
 
 
 def names(recall: Recall, name: str) -> list[str]:
-    return [decision.decision_id for decision in recall.find(name)]
+    return [decision.decision_id for decision in recall.find([name]).get(name, [])]
 
 
 def test_what_another_replica_appends_is_found_once_it_is_whole(tmp_path: Path) -> None:
@@ -46,6 +47,21 @@ def test_our_own_are_found_where_we_wrote_them(tmp_path: Path) -> None:
         recall.remember([f"d{number}"], *log.append(line(f"d{number}")))
     assert len(list(tmp_path.glob("*.jsonl"))) > 2
     assert [names(recall, f"d{number}") for number in range(20)] == [[f"d{number}"] for number in range(20)]
+
+
+def test_a_line_of_many_is_decoded_once_however_many_of_it_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recall, log = Recall(tmp_path, "me"), SegmentWriter(tmp_path, "decisions", "me")
+    many = [f"d{number}" for number in range(100)]
+    batch = make_batch("", num_rows=100, decision_ids=many)
+    recall.remember(many, *log.append(msgspec.json.encode(batch) + b"\n"))
+    read: list[tuple[Path, int]] = []
+    line_at = recall_module._line_at
+    monkeypatch.setattr(recall_module, "_line_at", lambda *where: read.append(where) or line_at(*where))
+    found = recall.find([*many, "nobody's"])
+    assert {name: [decision.decision_id for decision in decisions] for name, decisions in found.items()} == {
+        name: [name] for name in many
+    }
+    assert len(read) == 1
 
 
 def test_new_segments_and_those_of_replicas_that_ended_are_read(tmp_path: Path) -> None:

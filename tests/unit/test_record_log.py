@@ -10,6 +10,7 @@ from policies.log_reader import LogTail
 from policies.records import Feedback
 from policies.storage import Storage, open_storage
 from serve_app.decision_ids import DecisionIds
+from serve_app.durable_log import RETRY_S
 from serve_app.replica import PolicyReplica
 from tests.disks import Disk
 from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, replica_of
@@ -75,11 +76,18 @@ def test_it_is_not_accepted_before_the_disk_has_it_nor_when_that_fails(storage: 
         assert (await asked).status == 200
         disk.fails_next = True
         assert (await report(storage, replica, door, "fails")).status == 503
+        await asyncio.sleep(RETRY_S)
         disk.can_go_on.clear()
         hangs = await report(storage, replica, door, "hangs")  # given up after log_timeout_s
         assert hangs.status == 503 and "fsync" in hangs.error
+        writer = (replica._feedback if door == "feedback" else replica._overrides).writer
+        num_segments = writer.num_segments
+        assert {(await report(storage, replica, door, f"while-{n}")).status for n in range(30)} == {503}
+        assert (
+            replica._feedback if door == "feedback" else replica._overrides
+        ).writer.num_segments == num_segments  # each try would begin one
         disk.can_go_on.set()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(RETRY_S + 0.1)
         assert (await report(storage, replica, door, "again")).status == 200
         kept = after_power_cut(storage, disk, door)
         assert b"first" in kept and b"again" in kept and b"fails" not in kept

@@ -12,6 +12,7 @@ from policies.registry_entries import (
     collect_version,
     remove_alias,
     set_alias,
+    switch_arm,
     tag_version,
 )
 from policies.registry_state import Approval, apply, crowning, fold, until
@@ -164,6 +165,17 @@ def test_after_a_rollback_the_champion_before_stays_and_what_was_taken_back_need
     with pytest.raises(ReleaseRefused, match="version 1 is previous"):
         _append(registry, collect_version, 1, "old")
     assert _append(registry, collect_version, 3, "old").version(3).collected_at is not None
+
+
+def test_a_champion_that_is_back_is_never_its_own_stand_in(tmp_path: Path) -> None:
+    """After 1 → 2 → 1 → 2 and a rollback version 1 is champion and was it before too: then there is no other to stand in."""
+    registry = make_registry(tmp_path, num_versions=2)
+    for candidate, now in [(2, 300.0), (1, 400.0), (2, 500.0)]:
+        _release(registry, candidate, "promote", now=now)
+    state = _append(registry, change_release, "rollback", reason="complaints", now=600.0)
+    assert (state.champion, state.previous_champion) == (1, None)
+    with pytest.raises(ReleaseRefused):
+        _append(registry, switch_arm, "champion", enabled=False, reason="complaints")
 
 
 def test_a_version_that_was_given_up_is_not_used_again(tmp_path: Path) -> None:

@@ -292,6 +292,21 @@ def test_a_frame_is_mended_before_it_is_put_behind_the_others(storage: Storage) 
     assert reply.status == 409 and "another state" in reply.error
 
 
+def test_what_an_older_versions_wider_bounds_let_into_a_state_is_cut_too_or_refused(storage: Storage) -> None:
+    wide = token([9, 0.125], FRAME, FRAME)
+    body = {"observation": FRAME, "state": wide, "request_id": "a"}
+    [refused] = decide_all(storage, replica_of(storage), body)
+    assert refused.status == 400 and "holds 9, outside [-4.8, 4.8]" in refused.error
+    clipping = replica_of(storage, fallback={"repair": ["clip"]})
+    answer = told(storage, clipping, body)
+    assert answer["repair"] == "observation[0][0] = 9.0 was cut to 4.8"
+    frame = np.float32(FRAME).tolist()
+    assert logged(storage)[0].observation == [[float(np.float32(4.8)), 0.125], frame, frame, frame]
+    assert told(storage, clipping, body) == answer
+    [other] = decide_all(storage, clipping, body | {"state": token([0.25, 0.125], FRAME, FRAME)})
+    assert other.status == 409 and "another state" in other.error
+
+
 # --- what is refused ---
 
 BAD = float(np.float32(4.9))
@@ -309,8 +324,8 @@ WRONG = [
     ({"observation": FRAME, "state": "\0" * 34}, 400, "is not base64url"),
     ({"observation": FRAME, "state": token(FRAME, FRAME, FRAME)[:-1] + "!"}, 400, "is not base64url"),
     ({"observation": FRAME, "state": token(FRAME, [BAD, 0], FRAME)}, 400, "holds 4.9, outside [-4.8, 4.8]"),
-    ({"observation": FRAME, "state": token(FRAME, [0, float("nan")], FRAME)}, 400, "holds nan"),
-    ({"observation": FRAME, "state": token([float("-inf"), 0], FRAME, FRAME)}, 400, "holds -inf"),
+    ({"observation": FRAME, "state": token(FRAME, [0, float("nan")], FRAME)}, 400, "is not finite"),
+    ({"observation": FRAME, "state": token([float("-inf"), 0], FRAME, FRAME)}, 400, "is not finite"),
     ({"observation": FRAME, "state": 7}, 422, "`str | null`"),
     ({"observation": [FRAME] * 4, "state": ""}, 422, "beside `state` an observation is one frame"),
     ({"observation": ["x", 0], "state": ""}, 422, "observation[0] is str"),
