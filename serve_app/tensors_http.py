@@ -187,7 +187,7 @@ def _dtype(tensor: InputTensor) -> np.dtype:
 
 def _to_bytes(datatype: str, values: Any) -> bytes:
     if datatype == BYTES:
-        texts = [text.encode() for text in values]
-        lengths = {size: struct.pack("<I", size) for size in {len(text) for text in texts}}
-        return b"".join([lengths[len(text)] + text for text in texts])
+        texts = {text: text.encode() for text in set(values)}  # of arms and reasons there are few
+        items = {text: struct.pack("<I", len(data)) + data for text, data in texts.items()}
+        return b"".join(map(items.__getitem__, values))
     return np.ascontiguousarray(values, DTYPES[datatype]).tobytes()
