@@ -51,7 +51,7 @@ class DecisionLog:
         buffer_bytes: int = BUFFER_BYTES,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._writer = writer
+        self.writer = writer
         self._on_failure = on_failure
         self._timeout_s = timeout_s
         self._commit = commit
@@ -89,7 +89,7 @@ class DecisionLog:
         try:
             self._commit.require_room()
             for path in paths:
-                self._writer.flush_too(path)
+                self.writer.flush_too(path)
             self._commit.after_sync(flushed)
         except OSError as error:  # too many open files
             flushed(error)
@@ -124,7 +124,7 @@ class DecisionLog:
         if self._kept:
             num_decisions = sum(lines.num_decisions for lines in self._kept)
             logger.error("event=kept_decisions_lost num_decisions=%d error=%r", num_decisions, self._last_error)
-        self._writer.close()
+        self.writer.close()
 
     def _may_try(self) -> bool:
         if not self._is_failing:
@@ -139,7 +139,7 @@ class DecisionLog:
         """Write, and call `done` once it is as durable as was asked for, or is not; False when the disk failed or was slow."""
         started_s = self._monotonic()
         try:
-            place = self._writer.append(data)
+            place = self.writer.append(data)
         except OSError as error:
             self._note_failure(error)
             done(self._refusal(), None)

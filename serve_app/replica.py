@@ -47,17 +47,10 @@ class PolicyReplica:
         self._started_at_s = time.time()
         self.name = f"replica-{int(self._started_at_s)}-{secrets.token_hex(4)}"  # new at each start, see SegmentWriter
         self._keys, decision_ids = KeyRing.of(storage), DecisionIds.of(storage)
-        decisions = SegmentWriter(storage.decisions(policy), "decisions", self.name)
-        self._decisions = _decision_log(decisions, settings)
+        self._decisions = _decision_log(SegmentWriter(storage.decisions(policy), "decisions", self.name), settings)
         self._feedback = RecordLog(storage.feedback(policy), "feedback", self.name, settings=settings)
         self._overrides = RecordLog(storage.overrides(policy), "overrides", self.name, settings=settings)
         self._shadows = SegmentWriter(storage.shadows(policy), "shadows", self.name)
-        self._logs = {
-            "decisions": decisions,
-            "feedback": self._feedback.writer,
-            "overrides": self._overrides.writer,
-            "shadows": self._shadows,
-        }
         self._shadowing = Shadowing(self._shadows, wall_clock=time.time)
         self._recall = Recall(storage.decisions(policy), self.name)
         self._counters = Counters()
@@ -154,7 +147,12 @@ class PolicyReplica:
             num_batches=self._ingress.batcher.num_batches,
             num_connections=len(self._direct.connections),
             breakers=self._ingress.decider.breakers,
-            logs=self._logs,
+            logs={
+                "decisions": self._decisions.writer,
+                "feedback": self._feedback.writer,
+                "overrides": self._overrides.writer,
+                "shadows": self._shadows,
+            },
             num_feedbacks=feedback.num_accepted,
             num_overrides=overrides.num_accepted,
             num_local_decisions=local.num_accepted,

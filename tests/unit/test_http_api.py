@@ -270,7 +270,7 @@ def test_without_the_monitor_a_replica_tells_what_is_wrong_with_itself(
     def fails(lines: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(replica._decisions._writer, "append", fails)
+    monkeypatch.setattr(replica._decisions.writer, "append", fails)
     assert send(storage, replica, "/v1/decide", GOOD, key=key).status == 503
     replica._ingress.decider.breakers.setdefault(1, Breaker()).note(0, 5, 0.0, "version 1 raised")
     document = send(storage, replica, "/v1/status", method="GET", key=key).json()

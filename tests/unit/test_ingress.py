@@ -146,7 +146,7 @@ def no_space(lines: bytes) -> None:
 def test_what_cannot_be_logged_is_not_answered_and_service_resumes(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve_app.durable_log.RETRY_S", 0.0)
     replica = replica_of(storage)
-    writer = replica._decisions._writer
+    writer = replica._decisions.writer
     append = writer.append
     writer.append = no_space  # type: ignore[method-assign, assignment]
     replies = decide_all(storage, replica, *[{"observation": [0, 0, 0, 0]}] * 3)
@@ -163,7 +163,7 @@ def test_where_it_is_so_configured_serving_goes_on_without_a_log_and_catches_up(
 ) -> None:
     monkeypatch.setattr("serve_app.durable_log.RETRY_S", 0.0)
     replica = replica_of(storage, on_log_failure="answer")
-    writer = replica._decisions._writer
+    writer = replica._decisions.writer
     append = writer.append
     writer.append = no_space  # type: ignore[method-assign, assignment]
     replies = decide_all(storage, replica, *[{"observation": [0, 0, 0, 0], "request_id": f"r{i}"} for i in range(3)])

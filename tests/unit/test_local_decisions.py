@@ -276,6 +276,6 @@ def test_a_log_that_cannot_be_written_accepts_nothing(storage: Storage, monkeypa
     def full(lines: bytes) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(replica._decisions._writer, "append", full)
+    monkeypatch.setattr(replica._decisions.writer, "append", full)
     reply = ask(storage, replica, "POST", "/v1/decisions", {"decisions": [decision(storage)]})
     assert reply.status == 503 and "no space left" in reply.error

@@ -295,7 +295,7 @@ def test_what_the_disk_did_not_take_is_told_again_from_memory_and_then_from_the_
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(log._writer, "append", full)
+        patched.setattr(log.writer, "append", full)
         [first, _] = decide_all(storage, replica, body, other)
         assert first.status == 200 and log.status()["num_buffered"] == (4 if many else 2)
         change(storage, "rollback")  # the new plan's champion would answer something else
@@ -326,7 +326,7 @@ def test_what_was_dropped_is_not_remembered(storage: Storage, monkeypatch: pytes
     def full(lines: bytes) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(replica._decisions._writer, "append", full)
+    monkeypatch.setattr(replica._decisions.writer, "append", full)
     for name in ("kept", "dropped"):
         decide_all(storage, replica, {"observation": [0.1, 0, 0, 0], "request_id": name})
     status = replica._decisions.status()

@@ -134,7 +134,7 @@ def test_an_open_breaker_and_a_failing_log_are_told(storage: Storage, monkeypatc
     before = scrape(replica)
     assert value(before, "trimtab_breaker_open", version="2") == value(before, "trimtab_breaker_openings_total", version="2") == 1
     assert (value(before, "trimtab_log_failing"), value(before, "trimtab_log_failures_total")) == (0, 0)
-    monkeypatch.setattr(replica._decisions._writer, "append", no_space)
+    monkeypatch.setattr(replica._decisions.writer, "append", no_space)
     decide_all(storage, replica, *[{"observation": ZEROS}] * 3)
     after = scrape(replica)
     assert (value(after, "trimtab_log_failing"), value(after, "trimtab_log_failures_total")) == (1, 1)
@@ -145,9 +145,9 @@ def test_an_open_breaker_and_a_failing_log_are_told(storage: Storage, monkeypatc
 def test_counters_only_grow_and_refused_decisions_are_in_none(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     replica = replica_of(storage)  # `refuse`: what cannot be logged is not answered
     seen = [scrape(replica)]
-    append = replica._decisions._writer.append
+    append = replica._decisions.writer.append
     for number in range(6):
-        monkeypatch.setattr(replica._decisions._writer, "append", no_space if number == 3 else append)
+        monkeypatch.setattr(replica._decisions.writer, "append", no_space if number == 3 else append)
         monkeypatch.setattr("serve_app.durable_log.RETRY_S", 0.0)
         decide_all(storage, replica, *[{"observation": ZEROS}] * number)
         seen.append(scrape(replica))
