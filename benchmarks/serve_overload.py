@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.paced_load import OBSERVATION, PacedLoad, Request, percentile
 from benchmarks.serving.ray_apps import stop
-from benchmarks.serving.results import machine
+from benchmarks.serving.results import machine, write_result
 
 RESULT_FILE = Path(__file__).parent / "results" / "serve_overload.json"
 PEAK_CONNECTIONS, OVERLOAD_CONNECTIONS = 64, 2000
@@ -162,7 +162,7 @@ def main() -> None:
         "seconds": arguments.seconds,
         "lanes": measure(arguments.seconds, port=arguments.port),
     }
-    RESULT_FILE.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(RESULT_FILE, result)
     print(json.dumps(result, indent=1), file=sys.stderr)
 
 

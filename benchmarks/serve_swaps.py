@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.paced_load import PacedLoad, Request, percentile
 from benchmarks.serving.ray_apps import stop
-from benchmarks.serving.results import machine
+from benchmarks.serving.results import machine, write_result
 
 RESULT_FILE = Path(__file__).parent / "results" / "serve_swaps.json"
 NUM_REPLICAS = 2
@@ -154,7 +154,7 @@ def main() -> None:
         "replicas": NUM_REPLICAS,
         **measure(arguments.swaps, port=arguments.port),
     }
-    RESULT_FILE.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(RESULT_FILE, result)
     print(json.dumps(result, indent=1), file=sys.stderr)
 
 
