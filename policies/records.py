@@ -85,7 +85,7 @@ class DecisionBatch(msgspec.Struct, frozen=True):
     batch_id: str  # first: see BATCH_PREFIX
     decision_ids: list[str]
     time_s: float
-    unit_ids: str | list[str]
+    unit_ids: str | list[str] | None  # see `unit_id_of`
     episode_ids: list[str | None] | None
     plan: int
     release: int
@@ -115,7 +115,7 @@ class DecisionBatch(msgspec.Struct, frozen=True):
             yield Decision(
                 decision_id=decision_id,
                 time_s=self.time_s,
-                unit_id=_item(self.unit_ids, index),
+                unit_id=unit_id_of(self.unit_ids, index, decision_id),
                 episode_id=_item(self.episode_ids, index),
                 plan=self.plan,
                 release=self.release,
@@ -143,6 +143,13 @@ class DecisionBatch(msgspec.Struct, frozen=True):
             return self.observations
         array = np.frombuffer(base64.b64decode(self.observations), "<f4")
         return array.reshape(-1, *(self.shape or ())).tolist()
+
+
+def unit_id_of(unit_ids: str | list[str] | None, row: int, decision_id: str) -> str:
+    """Return whose decision one of many is. Where nobody said so (None), each is a unit of its own, named as its request."""
+    if unit_ids is None:
+        return decision_id.rpartition(".")[0]
+    return _item(unit_ids, row)
 
 
 def _item(values: Any, index: int) -> Any:

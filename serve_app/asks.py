@@ -11,6 +11,7 @@ from policies.distributions import seed_of
 from policies.errors import RequestInvalid
 from policies.history import require_history
 from policies.observations import Box
+from policies.records import unit_id_of
 from policies.spaces import Spaces
 from serve_app.decision_ids import DecisionIds
 from serve_app.wire import DecideRequest, Many, decide_decoder
@@ -65,7 +66,7 @@ class ManyAsk(NamedTuple):
     batch_id: str
     decision_ids: list[str]
     seeds: list[int]
-    unit_ids: str | list[str]
+    unit_ids: str | list[str] | None  # see `policies.records.unit_id_of`
     episode_ids: list[str | None] | None
     observations: Sequence[Any]
     numbers: np.ndarray | None
@@ -95,9 +96,6 @@ class ManyAsk(NamedTuple):
         if not self.is_named:
             return ()
         return (self.batch_id,) if self.batch_id else self.decision_ids
-
-    def unit_list(self) -> list[str]:
-        return self.unit_ids if isinstance(self.unit_ids, list) else [self.unit_ids] * len(self.decision_ids)
 
 
 class AskReader:
@@ -209,11 +207,9 @@ class AskReader:
                 raise RequestInvalid(f"{name} has {len(values)} items for {num} observations; give one for each")
         if request_id is not None and request_ids is not None:
             raise RequestInvalid("both request_id and request_ids are given; leave one of them away")
-        batch_id, decision_ids, seeds, own_units = self._names(num, request_id=request_id, request_ids=request_ids)
-        if unit_ids is None:
-            unit_ids = own_units
-            if episode_ids is not None:  # an episode without a unit keeps its arm too
-                unit_ids = [episode_id or own_units[row] for row, episode_id in enumerate(episode_ids)]
+        batch_id, decision_ids, seeds = self._names(num, request_id=request_id, request_ids=request_ids)
+        if unit_ids is None and episode_ids is not None:  # an episode without a unit keeps its arm too
+            unit_ids = [episode or unit_id_of(None, row, decision_ids[row]) for row, episode in enumerate(episode_ids)]
         return ManyAsk(
             batch_id,
             decision_ids,
@@ -234,17 +230,15 @@ class AskReader:
             states,
         )
 
-    def _names(
-        self, num: int, *, request_id: str | None, request_ids: list[str] | None
-    ) -> tuple[str, list[str], list[int], list[str]]:
-        """Return the batch's id, the decisions' ids and seeds and, where nothing else says it, the units of many decisions."""
+    def _names(self, num: int, *, request_id: str | None, request_ids: list[str] | None) -> tuple[str, list[str], list[int]]:
+        """Return the batch's id, and the decisions' ids and seeds."""
         if request_ids is not None:
             if len(set(request_ids)) != num:
                 raise RequestInvalid("request_ids holds an id twice; every decision needs one of its own")
             decision_ids = [self._decision_ids.name(name) for name in request_ids]
-            return "", decision_ids, [seed_of(name) for name in decision_ids], request_ids
+            return "", decision_ids, [seed_of(name) for name in decision_ids]
         batch_id = request_id or self._decision_ids.new_batch()
-        return batch_id, *self._decision_ids.names_within(batch_id, num), [f"{batch_id}:{i}" for i in range(num)]
+        return batch_id, *self._decision_ids.names_within(batch_id, num)
 
 
 def _number_decoder(spaces: Spaces) -> msgspec.json.Decoder | None:

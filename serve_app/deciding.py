@@ -6,7 +6,6 @@ down the ladder (`serve_app.rungs`) row by row: a version that raised or gave Na
 B rows, P numbers of a distribution.
 """
 
-import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -17,7 +16,9 @@ import numpy as np
 
 from policies.distributions import Categorical, Mode, Propensity, mixed
 from policies.errors import ServiceUnavailable
+from policies.records import unit_id_of
 from policies.traffic import Arm, assign
+from serve_app.answers import Answer, Answers, Decided, if_learnable, per_row
 from serve_app.breaker import Breaker
 from serve_app.config import ServingConfig
 from serve_app.rungs import Ladder, Row, Walk, versions_of
@@ -34,29 +35,12 @@ class Rows(NamedTuple):
 
     decision_ids: list[str]
     seeds: list[int]
-    unit_ids: list[str]
+    unit_ids: str | list[str] | None  # see `policies.records.unit_id_of`
     obs_BD: np.ndarray
     mask_BA: np.ndarray | None
     modes: list[Mode | None] | None = None
     arms: list[str | None] | None = None
     keeps_distributions: bool = False
-
-
-class Answer(NamedTuple):
-    """One row's decision. `parameters_P` is the distribution of the version that answered, where somebody wants to see it."""
-
-    arm: str
-    version: int
-    digest: str
-    mode: Mode
-    seed: int
-    action: Any
-    propensity: float
-    mixture_propensity: float
-    rung: str
-    fallback: str | None
-    shield: str | None
-    parameters_P: np.ndarray | None
 
 
 @dataclass
@@ -123,8 +107,8 @@ class Decider:
         self._now_s = now_s
         self._slow_s = config.fallback.slow_ms / 1000
 
-    def decide(self, rows: Rows, snapshot: Snapshot) -> list[Answer | ServiceUnavailable]:
-        """Return an answer per row, or why there is none; what is wrong with a row is nobody else's."""
+    def decide(self, rows: Rows, snapshot: Snapshot) -> Decided:
+        """Return an answer per row, or why there is none; what is wrong with a row is nobody else's. There is a row at least."""
         looks = _Looks(snapshot, rows, self.breakers, self._now_s, self._slow_s)
         is_usual = self.ladder.shield is None and rows.modes is None and rows.arms is None
         if is_usual and all([looks.ask(variant) for variant in snapshot.variants.values()]):
@@ -145,7 +129,9 @@ class Decider:
         )
         asked_arm = rows.arms[index] if rows.arms else None
         plan = snapshot.plan
-        arm = assign(rows.unit_ids[index], plan) if asked_arm is None else plan.arm(asked_arm)
+        arm = (
+            assign(unit_id_of(rows.unit_ids, index, rows.decision_ids[index]), plan) if asked_arm is None else plan.arm(asked_arm)
+        )
         if arm is None:
             return ServiceUnavailable(f"the plan has no arm {asked_arm!r}; it has {', '.join(a.name for a in plan.arms)}")
         walks = {a.name: self._walk(row, index, a, snapshot, looks) for a in plan.arms}
@@ -171,7 +157,7 @@ class Decider:
             sent.shield,
             rung.parameters_P,
         )
-        return _if_learnable(answer)
+        return if_learnable(answer)
 
     def _walk(self, row: Row, index: int, arm: Arm, snapshot: Snapshot, looks: _Looks) -> Walk:
         versions = versions_of(arm, snapshot)
@@ -179,44 +165,63 @@ class Decider:
         return self.ladder.walk(row, versions, lambda version: looks.of_row(by_version[version], index))
 
 
-def _decide_usual(rows: Rows, snapshot: Snapshot, parameters: dict[int, np.ndarray]) -> list[Answer | ServiceUnavailable]:
+def _decide_usual(rows: Rows, snapshot: Snapshot, parameters: dict[int, np.ndarray]) -> Decided:
     """Decide all rows at once, given that each version of the plan answers for each of them."""
-    plan, seeds = snapshot.plan, rows.seeds
+    plan, num_rows = snapshot.plan, len(rows.seeds)
     if len(plan.arms) == 1:
-        return _sent_by(plan.arms[0], snapshot, parameters, seeds, keeps_distributions=rows.keeps_distributions)
-    answers: list[Answer | ServiceUnavailable] = [None] * len(seeds)  # type: ignore[list-item]
-    of_arm: dict[str, list[int]] = {arm.name: [] for arm in plan.arms}
-    for row, unit_id in enumerate(rows.unit_ids):
-        of_arm[assign(unit_id, plan).name].append(row)
-    for arm in plan.arms:
-        chosen = of_arm[arm.name]
-        if not chosen:
-            continue
-        its_own = {version: parameters_BP[chosen] for version, parameters_BP in parameters.items()}
-        own_seeds = [seeds[row] for row in chosen]
-        sent = _sent_by(arm, snapshot, its_own, own_seeds, keeps_distributions=rows.keeps_distributions)
-        for row, answer in zip(chosen, sent):
-            answers[row] = answer
+        answers = _sent_by(plan.arms[0], snapshot, parameters, rows.seeds)
+    else:
+        of_arm: dict[str, list[int]] = {arm.name: [] for arm in plan.arms}
+        for row, decision_id in enumerate(rows.decision_ids):
+            of_arm[assign(unit_id_of(rows.unit_ids, row, decision_id), plan).name].append(row)
+        parts = []
+        for arm in plan.arms:
+            if chosen := of_arm[arm.name]:
+                its_own = parameters if len(chosen) == num_rows else {v: own_BP[chosen] for v, own_BP in parameters.items()}
+                parts.append((chosen, _sent_by(arm, snapshot, its_own, [rows.seeds[row] for row in chosen])))
+        answers = parts[0][1] if len(parts) == 1 else _put_together(parts, num_rows)
+    if rows.keeps_distributions:
+        answers = answers._replace(parameters=_distributions_of(answers, parameters))
+    for propensities in (answers.propensities, answers.mixture_propensities or (1.0,)):
+        if not (min(propensities) > 0 and max(propensities) < math.inf):
+            return [if_learnable(answer) for answer in answers.each()]
     return answers
 
 
-def _sent_by(
-    arm: Arm, snapshot: Snapshot, parameters: dict[int, np.ndarray], seeds: list[int], *, keeps_distributions: bool
-) -> list[Answer | ServiceUnavailable]:
+def _sent_by(arm: Arm, snapshot: Snapshot, parameters: dict[int, np.ndarray], seeds: list[int]) -> Answers:
     """Return what one arm answers its rows."""
-    variant, plan = snapshot.variants[arm.version], snapshot.plan
-    own_BP = parameters[arm.version]
-    actions, propensities = variant.policy.distribution.choose_many(own_BP, variant.mode, seeds)
-    mixtures = propensities if len(plan.arms) == 1 else _mixtures(actions, snapshot, parameters)
-    seen = own_BP if keeps_distributions else itertools.repeat(None)
-    name, version, digest, mode = arm.name, variant.version, variant.digest, variant.mode
-    answers = [
-        Answer(name, version, digest, mode, seed, action, propensity, mixture, "arm", None, None, parameters_P)
-        for seed, action, propensity, mixture, parameters_P in zip(seeds, actions, propensities, mixtures, seen)
-    ]
-    if min(propensities) > 0 and max(propensities) < math.inf and min(mixtures) > 0 and max(mixtures) < math.inf:
-        return answers
-    return [_if_learnable(answer) for answer in answers]
+    variant = snapshot.variants[arm.version]
+    actions, propensities = variant.policy.distribution.choose_many(parameters[arm.version], variant.mode, seeds)
+    mixtures = None if len(snapshot.plan.arms) == 1 else _mixtures(actions, snapshot, parameters)
+    version = variant.version
+    return Answers(arm.name, version, {version: variant.digest}, variant.mode, seeds, actions, propensities, mixtures)
+
+
+def _put_together(parts: list[tuple[list[int], Answers]], num_rows: int) -> Answers:
+    """Return the answers of several arms, each to its rows, in the order of the batch."""
+
+    def column(of: Callable[[Answers], Any]) -> list[Any]:
+        values: list[Any] = [None] * num_rows
+        for chosen, answers in parts:
+            for row, value in zip(chosen, per_row(of(answers))):
+                values[row] = value
+        return values
+
+    return Answers(
+        column(lambda part: part.arms),
+        column(lambda part: part.versions),
+        {version: digest for _, part in parts for version, digest in part.digests.items()},
+        column(lambda part: part.modes),
+        column(lambda part: part.seeds),
+        column(lambda part: part.actions),
+        column(lambda part: part.propensities),
+        column(lambda part: part.mixture_propensities),
+    )
+
+
+def _distributions_of(answers: Answers, parameters: dict[int, np.ndarray]) -> list[np.ndarray]:
+    """Return the distribution that each row was drawn from."""
+    return [parameters[version][row] for row, version in zip(range(len(answers.seeds)), per_row(answers.versions))]
 
 
 def _mixtures(actions: list[Any], snapshot: Snapshot, parameters: dict[int, np.ndarray]) -> list[float]:
@@ -235,13 +240,3 @@ def _mixtures(actions: list[Any], snapshot: Snapshot, parameters: dict[int, np.n
         ).value
         for action, values in zip(actions, zip(*under))
     ]
-
-
-def _if_learnable(answer: Answer) -> Answer | ServiceUnavailable:
-    """Return the answer, unless its propensity cannot be written down: densities of hundreds of narrow components."""
-    if 0 < answer.propensity < math.inf and 0 < answer.mixture_propensity < math.inf:
-        return answer
-    return ServiceUnavailable(
-        f"the action's propensity is {answer.propensity:g}, and {answer.mixture_propensity:g} over all arms: nothing can be "
-        "learned from that; serve this policy greedily"
-    )

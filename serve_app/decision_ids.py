@@ -1,5 +1,6 @@
 """How a decision gets a name that every replica recognises as ours without looking it up."""
 
+import functools
 import hashlib
 import hmac
 import secrets
@@ -82,7 +83,9 @@ class DecisionIds:
         They share the batch's tag.
         """
         tag = self._tag(batch_id)
-        return [f"{batch_id}:{index}.{tag}" for index in range(num)], seeds_of_many(f"{batch_id}.{tag}", num)
+        # In one text, for the third of the time; no id has a line's end.
+        names = f"{batch_id}:" + f".{tag}\n{batch_id}:".join(_indices(num)) + f".{tag}"
+        return names.split("\n"), seeds_of_many(f"{batch_id}.{tag}", num)
 
     def is_ours(self, decision_id: str) -> bool:
         """Return whether a holder of our secret made this id, or one whom we gave a lease."""
@@ -129,6 +132,11 @@ class KeyedHash:
         inner.update(text.encode())
         outer.update(inner.digest())
         return outer.hexdigest()[:_TAG_HEX_DIGITS]
+
+
+@functools.lru_cache(maxsize=64)
+def _indices(num: int) -> tuple[str, ...]:
+    return tuple(map(str, range(num)))
 
 
 def lease_began_at(decision_id: str) -> float | None:

@@ -1,6 +1,7 @@
 """How a decision is written down, and how it is told."""
 
 import base64
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +11,11 @@ from msgspec import UNSET, UnsetType
 
 from policies import history
 from policies.errors import RequestConflict, RequestRefused
-from policies.records import Decision, DecisionBatch
+from policies.records import Decision, DecisionBatch, unit_id_of
 from policies.spaces import Spaces
 from policies.traffic import TrafficPlan
+from serve_app.answers import Answer, Answers, per_row
 from serve_app.asks import Ask, ManyAsk
-from serve_app.deciding import Answer
 from serve_app.features import Encoded
 from serve_app.wire import DecideAnswer, DecideFailure, Explanation, Failure
 
@@ -30,6 +31,14 @@ class Draft(NamedTuple):
     line: bytes = b""
     names: tuple[str, ...] | list[str] = ()
     told_from: tuple[Path, ...] = ()
+
+
+class Columns(NamedTuple):
+    """A result of many decisions that were all made now, as tensors want it. `repairs` is None where nothing was mended."""
+
+    decision_ids: list[str]
+    answers: Answers
+    repairs: list[str | None] | None
 
 
 class Moment(NamedTuple):
@@ -72,35 +81,33 @@ def decision_of(
     )
 
 
-def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[Answer], at: Moment) -> DecisionBatch:
+def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: Answers, at: Moment) -> DecisionBatch:
     """Return the log's record of many decisions. `rows` are their places among those that were asked for."""
-    is_all = len(rows) == len(ask.decision_ids)
-    units = ask.unit_ids
     return DecisionBatch(
         batch_id=ask.batch_id,
-        decision_ids=ask.decision_ids if is_all else [ask.decision_ids[row] for row in rows],
+        decision_ids=_chosen(ask.decision_ids, rows),
         time_s=at.wall_s,
-        unit_ids=[units[row] for row in rows] if isinstance(units, list) else units,
-        episode_ids=None if ask.episode_ids is None else [ask.episode_ids[row] for row in rows],
+        unit_ids=_chosen(ask.unit_ids, rows) if isinstance(ask.unit_ids, list) else ask.unit_ids,
+        episode_ids=None if ask.episode_ids is None else _chosen(ask.episode_ids, rows),
         plan=at.plan.number,
         release=at.plan.release,
-        arms=_same([answer.arm for answer in answers]),
-        versions=_same([answer.version for answer in answers]),
-        digests={answer.version: answer.digest for answer in answers},
+        arms=answers.arms,
+        versions=answers.versions,
+        digests=answers.digests,
         observations=_observations(ask, encoded, rows),
         shape=None if ask.numbers is None else list(ask.numbers.shape[1:]),
-        actions=[answer.action for answer in answers],
-        modes=_same([answer.mode for answer in answers]),
-        seeds=[answer.seed for answer in answers],
-        propensities=[answer.propensity for answer in answers],
-        mixture_propensities=None if len(at.plan.arms) == 1 else [answer.mixture_propensity for answer in answers],
-        fallbacks=_unless_empty([answer.fallback for answer in answers]),
+        actions=answers.actions,
+        modes=answers.modes,
+        seeds=answers.seeds,
+        propensities=answers.propensities,
+        mixture_propensities=None if len(at.plan.arms) == 1 else answers.mixture_propensities,
+        fallbacks=answers.fallbacks,
         latency_s=at.now_s - ask.started_s,
         action_masks=None if encoded.mask_BA is None else encoded.mask_BA[_places(encoded, rows)].tolist(),
-        rungs=None if all(answer.rung == "arm" for answer in answers) else [answer.rung for answer in answers],
-        shields=_unless_empty([answer.shield for answer in answers]),
+        rungs=_rungs(answers),
+        shields=answers.shields,
         assigned="plan" if ask.arm is None else "request",
-        repairs=_unless_empty([encoded.repairs.get(row) for row in rows]) if encoded.repairs else None,
+        repairs=repairs_of(encoded, rows),
         engines=at.engines,
     )
 
@@ -133,21 +140,32 @@ def explanation_of(decision: Decision | Answer, parameters_P: np.ndarray | None)
     return Explanation(distribution, decision.seed, decision.mode, decision.mixture_propensity, decision.rung, decision.shield)
 
 
-def one_of_many(ask: ManyAsk, row: int, answer: Answer, encoded: Encoded) -> DecideAnswer:
-    """Return what the client is told of one of many decisions."""
-    has_state = ask.states is not None and ask.states[row] is not None
-    return DecideAnswer(
-        ask.decision_ids[row],
-        answer.action,
-        UNSET,
-        answer.version,
-        answer.arm,
-        answer.propensity,
-        answer.fallback,
-        encoded.repairs.get(row),
-        explanation_of(answer, answer.parameters_P) if ask.explain else None,
-        history.state_after(encoded.observations[row]) if has_state else None,
+def told_of_many(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: Answers) -> list[DecideAnswer]:
+    """Return what the client is told of many decisions. `rows` are their places among those that were asked for."""
+    explanations, states = itertools.repeat(None), itertools.repeat(None)
+    if ask.explain:
+        explanations = [explanation_of(answer, answer.parameters_P) for answer in answers.each()]
+    if ask.states is not None:
+        states = [None if ask.states[row] is None else history.state_after(encoded.observations[row]) for row in rows]
+    columns = (
+        _chosen(ask.decision_ids, rows),
+        answers.actions,
+        itertools.repeat(UNSET),
+        per_row(answers.versions),
+        per_row(answers.arms),
+        answers.propensities,
+        per_row(answers.fallbacks),
+        per_row(repairs_of(encoded, rows)),
+        explanations,
+        states,
     )
+    return list(map(DecideAnswer, *columns))
+
+
+def repairs_of(encoded: Encoded, rows: Sequence[int]) -> list[str | None] | None:
+    """Return what was mended of each row; None where nothing was."""
+    repairs = [encoded.repairs.get(row) for row in rows] if encoded.repairs else []
+    return repairs if any([repair is not None for repair in repairs]) else None
 
 
 def failure_of(error: RequestRefused) -> DecideFailure:
@@ -167,7 +185,6 @@ def told_again(ask: Ask, logged: Decision, policy: str, spaces: Spaces) -> Decid
 def row_told_again(ask: ManyAsk, row: int, logged: Decision, spaces: Spaces) -> DecideAnswer | DecideFailure:
     """Return the same for one of many, a conflict in its place."""
     observation = ask.observations[row] if ask.numbers is None else ask.numbers[row].tolist()
-    units = ask.unit_ids
     state = ask.states[row] if ask.states is not None else None
     try:
         observation, mask = spaces.split_mask(observation, ask.masks[row] if ask.masks is not None else None)
@@ -175,7 +192,7 @@ def row_told_again(ask: ManyAsk, row: int, logged: Decision, spaces: Spaces) -> 
             logged,
             _different_frames(logged, observation, state, spaces),
             spaces.check_mask(mask),
-            unit_id=units[row] if isinstance(units, list) else units,
+            unit_id=unit_id_of(ask.unit_ids, row, ask.decision_ids[row]),
             episode_id=ask.episode_ids[row] if ask.episode_ids is not None else None,
             mode=ask.mode,
         )
@@ -236,10 +253,12 @@ def _places(encoded: Encoded, rows: Sequence[int]) -> list[int]:
     return [place[row] for row in rows]
 
 
-def _same(values: list[Any]) -> Any:
-    """Return the one value that all are, or else the list."""
-    return values[0] if len(set(values)) == 1 else values
+def _chosen(values: list[Any], rows: Sequence[int]) -> list[Any]:
+    return values if len(rows) == len(values) else [values[row] for row in rows]
 
 
-def _unless_empty(values: list[str | None]) -> list[str | None] | None:
-    return values if any(value is not None for value in values) else None
+def _rungs(answers: Answers) -> list[Any] | None:
+    rungs = answers.rungs
+    if isinstance(rungs, list):
+        return rungs
+    return None if rungs == "arm" else [rungs] * len(answers.seeds)

@@ -5,14 +5,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable, TrimtabError
+from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, TrimtabError
+from serve_app.answers import Decided, each, sorted_out
 from serve_app.asgi import Request
 from serve_app.asks import Ask, AskReader, ManyAsk
 from serve_app.batcher import Batcher, Deliver, deliver_each
 from serve_app.config import ServingConfig
-from serve_app.deciding import Answer, Decider, Rows
+from serve_app.deciding import Decider, Rows
 from serve_app.decision_ids import DecisionIds
-from serve_app.drafts import Draft, Moment, answer_of, batch_of, decision_of, failure_of, one_of_many
+from serve_app.drafts import Columns, Draft, Moment, answer_of, batch_of, decision_of, failure_of, repairs_of, told_of_many
 from serve_app.durable_log import DecisionLog, Place
 from serve_app.features import Encoded, encode_numbers
 from serve_app.features import encode as encode_features
@@ -28,8 +29,6 @@ from serve_app.wire import DecideManyAnswer, encode
 ARM_HEADER = b"x-trimtab-arm"  # with a key of scope operate: which arm is to answer, for testers
 
 logger = logging.getLogger(__name__)
-
-Decided = tuple[Rows, list[Answer | ServiceUnavailable]]
 
 
 class Ingress:
@@ -58,7 +57,7 @@ class Ingress:
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
         # What of this batch is counted, and shown to shadows, when its answers have left.
-        self._decided: list[Decided] = []
+        self._decided: list[tuple[Rows, Decided]] = []
         self._num_repaired = 0
         self.tally = Tally()
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
@@ -148,7 +147,7 @@ class Ingress:
             _unless_all_none([ask.arm for ask in decided]),
             any([ask.explain for ask in decided]),
         )
-        answers = self._decide(rows, snapshot) if decided else []
+        answers = each(self._decide(rows, snapshot)) if decided else []
         at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter(), snapshot.engines)
         for place, (row, answer) in enumerate(zip(encoded.rows, answers)):
             ask = asks[row]
@@ -164,7 +163,6 @@ class Ingress:
 
     def _decide_many(self, ask: ManyAsk, snapshot: Snapshot) -> Draft:
         """Return the draft of one request for many decisions: one answer, one line."""
-        spaces = snapshot.champion.policy.spaces
         try:
             encoded = self._encode_many(ask, snapshot)
         except RequestRefused as error:
@@ -172,35 +170,32 @@ class Ingress:
         if ask.is_all_or_nothing and encoded.refusals:
             return Draft(_first_of(encoded.refusals))
         told: dict[int, Any] = {row: failure_of(refusal) for row, refusal in encoded.refusals.items()}
-        again, told_from = self.repetitions.rows_told_again(ask, [row for row in range(ask.num_rows) if row not in told], spaces)
+        asked_again = (row for row in range(ask.num_rows) if row not in told)
+        again, told_from = self.repetitions.rows_told_again(ask, asked_again, snapshot.champion.policy.spaces)
         told |= again
-        keep = [place for place, row in enumerate(encoded.rows) if row not in told]
-        rows = [encoded.rows[place] for place in keep]
-        answers = self._answers_of_many(ask, encoded, keep, rows, snapshot)
-        if len(answers) == ask.num_rows and all([type(answer) is Answer for answer in answers]):
-            decisions = [one_of_many(ask, row, answer, encoded) for row, answer in enumerate(answers)]
-            return self._draft_of_many(ask, encoded, rows, answers, DecideManyAnswer(self._policy, decisions), snapshot)
-        decided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, Answer)}
-        undecided = {row: answer for row, answer in zip(rows, answers) if isinstance(answer, RequestRefused)}
-        if ask.is_all_or_nothing and undecided:
+        keep = [place for place, row in enumerate(encoded.rows) if row not in again] if again else range(len(encoded.rows))
+        rows = [encoded.rows[place] for place in keep] if again else encoded.rows
+        answers, undecided = sorted_out(self._decide(_rows_of(ask, encoded, keep, rows), snapshot)) if rows else (None, {})
+        errors = {rows[place]: error for place, error in undecided.items()}
+        if ask.is_all_or_nothing and errors:
             self._decided.pop()
-            return Draft(_first_of(undecided))
-        told |= {row: failure_of(answer) for row, answer in undecided.items()}
-        told |= {row: one_of_many(ask, row, answer, encoded) for row, answer in decided.items()}
-        result = DecideManyAnswer(self._policy, [told[row] for row in range(ask.num_rows)])
-        if not decided:
-            return Draft(result, told_from=told_from)
-        draft = self._draft_of_many(ask, encoded, list(decided), list(decided.values()), result, snapshot)
-        return draft._replace(told_from=told_from)
-
-    def _draft_of_many(
-        self, ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: list[Any], result: Any, snapshot: Snapshot
-    ) -> Draft:
+            return Draft(_first_of(errors))
+        told |= {row: failure_of(error) for row, error in errors.items()}
+        if answers is None:
+            return Draft(self._told_in_order(ask, told), told_from=told_from)
+        rows = [row for row in rows if row not in errors] if errors else rows
         at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter(), snapshot.engines)
-        self._num_repaired += sum([row in encoded.repairs for row in rows]) if encoded.repairs else 0
         line = encode(batch_of(ask, encoded, rows, answers, at)) + b"\n"
         names = [ask.batch_id] if ask.batch_id else [ask.decision_ids[row] for row in rows]
-        return Draft(result, line, names if ask.is_named else ())
+        self._num_repaired += sum([row in encoded.repairs for row in rows]) if encoded.repairs else 0
+        if ask.is_all_or_nothing and not told:
+            result: Any = Columns(ask.decision_ids, answers, repairs_of(encoded, rows))
+        else:
+            result = self._told_in_order(ask, told | dict(zip(rows, told_of_many(ask, encoded, rows, answers))))
+        return Draft(result, line, names if ask.is_named else (), told_from)
+
+    def _told_in_order(self, ask: ManyAsk, told: dict[int, Any]) -> DecideManyAnswer:
+        return DecideManyAnswer(self._policy, [told[row] for row in range(ask.num_rows)])
 
     def _encode_many(self, ask: ManyAsk, snapshot: Snapshot) -> Encoded:
         spaces = snapshot.champion.policy.spaces
@@ -210,42 +205,21 @@ class Ingress:
             spaces, ask.observations, ask.masks, is_numbers=ask.is_numbers, repair=self._repair, states=ask.states
         )
 
-    def _answers_of_many(
-        self, ask: ManyAsk, encoded: Encoded, keep: list[int], rows: list[int], snapshot: Snapshot
-    ) -> list[Answer | ServiceUnavailable]:
-        if not rows:
-            return []
-        is_all = len(rows) == ask.num_rows
-        units = ask.unit_list()
-        return self._decide(
-            Rows(
-                ask.decision_ids if is_all else [ask.decision_ids[row] for row in rows],
-                ask.seeds if is_all else [ask.seeds[row] for row in rows],
-                units if is_all else [units[row] for row in rows],
-                encoded.obs_BD if is_all else encoded.obs_BD[keep],
-                encoded.mask_BA if is_all or encoded.mask_BA is None else encoded.mask_BA[keep],
-                None if ask.mode is None else [ask.mode] * len(rows),
-                None if ask.arm is None else [ask.arm] * len(rows),
-                ask.explain,
-            ),
-            snapshot,
-        )
+    def _decide(self, rows: Rows, snapshot: Snapshot) -> Decided:
+        decided = self.decider.decide(rows, snapshot)
+        self._decided.append((rows, decided))
+        return decided
 
-    def _decide(self, rows: Rows, snapshot: Snapshot) -> list[Answer | ServiceUnavailable]:
-        answers = self.decider.decide(rows, snapshot)
-        self._decided.append((rows, answers))
-        return answers
-
-    def _offer_to_shadows(self, rows: Rows, answers: list[Answer | ServiceUnavailable], snapshot: Snapshot) -> None:
-        answered = [row for row, answer in enumerate(answers) if isinstance(answer, Answer)]
-        self._shadowing.offer(
-            snapshot.shadows,
-            [rows.decision_ids[row] for row in answered],
-            [rows.seeds[row] for row in answered],
-            [answers[row].action for row in answered],  # type: ignore[union-attr]
-            rows.obs_BD[answered],
-            rows.mask_BA[answered] if rows.mask_BA is not None else None,
-        )
+    def _offer_to_shadows(self, rows: Rows, decided: Decided, snapshot: Snapshot) -> None:
+        answers, errors = sorted_out(decided)
+        if answers is None:
+            return
+        ids, seeds, obs_BD, mask_BA = rows.decision_ids, rows.seeds, rows.obs_BD, rows.mask_BA
+        if errors:
+            answered = [row for row in range(len(ids)) if row not in errors]
+            ids, seeds, obs_BD = [ids[row] for row in answered], [seeds[row] for row in answered], obs_BD[answered]
+            mask_BA = mask_BA[answered] if mask_BA is not None else None
+        self._shadowing.offer(snapshot.shadows, ids, seeds, answers.actions, obs_BD, mask_BA)
 
     def _write_down(
         self, drafts: list[Draft], delivers: list[Deliver], num_decisions: int, snapshot: Snapshot, started_s: list[float]
@@ -279,12 +253,14 @@ class Ingress:
             end_logging()
             raise
 
-    def _note(self, decided: list[Decided], num_repaired: int, started_s: list[float], snapshot: Snapshot) -> None:
+    def _note(self, decided: list[tuple[Rows, Decided]], num_repaired: int, started_s: list[float], snapshot: Snapshot) -> None:
         """Count what has been answered, and have the shadows asked about it."""
         self.tally.add_requests(started_s, time.perf_counter())
-        self.tally.add_answers([answer for _, answers in decided for answer in answers], num_repaired=num_repaired)
-        for rows, answers in decided if snapshot.shadows else ():
-            self._offer_to_shadows(rows, answers, snapshot)
+        for rows, answers in decided:
+            self.tally.add_answers(answers)
+            if snapshot.shadows:
+                self._offer_to_shadows(rows, answers, snapshot)
+        self.tally.num_repaired += num_repaired
 
 
 def _first_of(refusals: dict[int, Any]) -> RequestRefused:
@@ -293,6 +269,22 @@ def _first_of(refusals: dict[int, Any]) -> RequestRefused:
     error = refusals[row]
     where = f"observation {row} of the request: {error}"
     return RequestInvalid(where, error.status) if isinstance(error, RequestInvalid) else type(error)(where)
+
+
+def _rows_of(ask: ManyAsk, encoded: Encoded, keep: Sequence[int], rows: Sequence[int]) -> Rows:
+    """Return rows of a request for many, to be decided; `keep` are their places among those that are encoded."""
+    units = ask.unit_ids
+    is_all, keeps_all = len(rows) == ask.num_rows, len(keep) == len(encoded.rows)
+    return Rows(
+        ask.decision_ids if is_all else [ask.decision_ids[row] for row in rows],
+        ask.seeds if is_all else [ask.seeds[row] for row in rows],
+        units if is_all or not isinstance(units, list) else [units[row] for row in rows],
+        encoded.obs_BD if keeps_all else encoded.obs_BD[keep],
+        encoded.mask_BA if keeps_all or encoded.mask_BA is None else encoded.mask_BA[keep],
+        None if ask.mode is None else [ask.mode] * len(rows),
+        None if ask.arm is None else [ask.arm] * len(rows),
+        ask.explain,
+    )
 
 
 def _unless_all_none(values: list[Any]) -> list[Any] | None:

@@ -14,6 +14,7 @@ from policies.observations import Bits, Box, Categories, Group, Observation
 from policies.spaces import ACTION_MASK, Choices, Spaces
 from serve_app.asgi import Request, Response
 from serve_app.asks import ManyAsk
+from serve_app.drafts import Columns
 from serve_app.ingress import Ingress
 from serve_app.keys import ApiKey, require
 from serve_app.tensors_http import BYTES, InferRequest, read_request, write_response
@@ -68,7 +69,7 @@ class OpenInference:
         body = await request.body(self._max_body_bytes)
         asked, tensors = read_request(body, request.header(b"inference-header-content-length"))
         ask = self._ask(asked, tensors, snapshot, version, started_s)
-        result: DecideManyAnswer = await self._ingress.batcher.answer(ask, num_rows=ask.num_rows)
+        result: Columns | DecideManyAnswer = await self._ingress.batcher.answer(ask, num_rows=ask.num_rows)
         return self._response(asked, result, snapshot)
 
     def _known(self, name: str, version: str | None) -> Snapshot:
@@ -120,39 +121,48 @@ class OpenInference:
             is_all_or_nothing=True,
         )
 
-    def _response(self, asked: InferRequest, result: DecideManyAnswer, snapshot: Snapshot) -> Response:
-        rows: list[Any] = result.decisions
-        failed = next((row for row in rows if not hasattr(row, "action")), None)
-        if failed is not None:  # the request came before, with something else
-            raise RequestInvalid(failed.error.message, failed.error.status)
-        num, action = len(rows), snapshot.champion.policy.spaces.action
+    def _response(self, asked: InferRequest, result: Columns | DecideManyAnswer, snapshot: Snapshot) -> Response:
+        told = _columns_of(result)
+        num, action = len(told["decision_id"]), snapshot.champion.policy.spaces.action
         kind, shape = ("INT64", action.shape) if isinstance(action, Choices) else ("FP32", action.low.shape)
         outputs = {
-            "action": (kind, [num, *shape], np.array([row.action for row in rows])),
-            "propensity": ("FP64", [num], [row.propensity for row in rows]),
-            "decision_id": (BYTES, [num], [row.decision_id for row in rows]),
-            "arm": (BYTES, [num], [row.arm for row in rows]),
-            "version": ("INT64", [num], [row.version for row in rows]),
-            "fallback": (BYTES, [num], [row.fallback or "" for row in rows]),
-            "repair": (BYTES, [num], [row.repair or "" for row in rows]),
+            "action": (kind, [num, *shape], told["action"]),
+            "propensity": ("FP64", [num], told["propensity"]),
+            "decision_id": (BYTES, [num], told["decision_id"]),
+            "arm": (BYTES, [num], told["arm"]),
+            "version": ("INT64", [num], told["version"]),
+            "fallback": (BYTES, [num], told["fallback"]),
+            "repair": (BYTES, [num], told["repair"]),
         }
-        document: dict[str, Any] = {"model_name": self._policy, "model_version": str(rows[0].version)}
+        document: dict[str, Any] = {"model_name": self._policy, "model_version": str(told["version"][0])}
         if asked.id is not None:
             document["id"] = asked.id
         if num == 1:
-            [row] = rows
-            document["parameters"] = {
-                "decision_id": row.decision_id,
-                "arm": row.arm,
-                "propensity": row.propensity,
-                "fallback": row.fallback or "",
-                "repair": row.repair or "",
-            }
+            names = ("decision_id", "arm", "propensity", "fallback", "repair")
+            document["parameters"] = {name: told[name][0] for name in names}
         body, header_length = write_response(document, outputs, asked)
         if header_length is None:
             return Response(200, body)
         length = [(b"inference-header-content-length", b"%d" % header_length)]
         return Response(200, body, b"application/octet-stream", length)
+
+
+def _columns_of(result: Columns | DecideManyAnswer) -> dict[str, list[Any]]:
+    """Return the outputs; raises `RequestInvalid` where one of the request's decisions was refused."""
+    if isinstance(result, Columns):
+        ids, answers, num = result.decision_ids, result.answers, len(result.decision_ids)
+        found = {"decision_id": ids, "action": answers.actions, "propensity": answers.propensities}
+        texts = {"arm": answers.arms, "version": answers.versions, "fallback": answers.fallbacks, "repair": result.repairs}
+        found |= {name: column if isinstance(column, list) else [column] * num for name, column in texts.items()}
+    else:
+        rows: list[Any] = result.decisions
+        failed = next((row for row in rows if not hasattr(row, "action")), None)
+        if failed is not None:  # the request came before, with something else
+            raise RequestInvalid(failed.error.message, failed.error.status)
+        names = ("decision_id", "action", "propensity", "arm", "version", "fallback", "repair")
+        found = {name: [getattr(row, name) for row in rows] for name in names}
+    texts = {name: [text or "" for text in found[name]] for name in ("fallback", "repair") if any(found[name])}
+    return found | {"fallback": [""] * len(found["action"]), "repair": [""] * len(found["action"])} | texts
 
 
 def _parts(path: str) -> tuple[str, str | None, str]:

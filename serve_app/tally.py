@@ -1,17 +1,19 @@
 """How many decisions this replica made, by whom and how fast: noted once their answers have left, counted when there are many."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from operator import itemgetter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from policies.telemetry import LATENCY_BUCKETS_S
-from serve_app.deciding import Answer
+from serve_app.answers import Answer, Answers, Decided, per_row
 
-MAX_NOTED = 1024  # answers; counted one at a time they cost three times as much, and more of them at once hold the loop up
-_WHAT_COUNTS = itemgetter(*(Answer._fields.index(name) for name in ("arm", "version", "rung", "shield")))
+MAX_NOTED = (
+    1024  # answers and times; counted one at a time they cost three times as much, and more of them at once hold the loop up
+)
+
+Kind = tuple[str, int, str, str | None]  # arm, version, rung, shield
 
 
 class Totals(NamedTuple):
@@ -32,36 +34,45 @@ class Tally:
     """Counts decisions that were answered. Use from one thread only."""
 
     def __init__(self) -> None:
-        self._answers: list[Any] = []
+        self._kinds: list[Kind] = []
         self._took_s: list[float] = []
         self._decisions: Counter[tuple[str, int, str]] = Counter()
-        self._num_shielded = self._num_repaired = 0
+        self._num_shielded = self.num_repaired = 0
         self._num_in_bucket = np.zeros(len(LATENCY_BUCKETS_S) + 1, np.int64)
         self._sum_s = 0.0
 
-    def add_answers(self, answers: Sequence[Any], *, num_repaired: int) -> None:
+    def add_answers(self, decided: Decided) -> None:
         """Count the decisions among what was answered; the others are refusals."""
-        self._answers += answers
-        self._num_repaired += num_repaired
-        if len(self._answers) >= MAX_NOTED:
-            self._count()
+        if not isinstance(decided, Answers):
+            self._kinds += [(a.arm, a.version, a.rung, a.shield) for a in decided if isinstance(a, Answer)]
+        else:
+            columns = (decided.arms, decided.versions, decided.rungs, decided.shields)
+            if any([isinstance(column, list) for column in columns]):
+                self._kinds += zip(*map(per_row, columns))
+            else:
+                self._add(columns, len(decided.seeds))
 
     def add_requests(self, started_s: Iterable[float], now_s: float) -> None:
         """Count requests that were answered now with at least one new decision, by when they came."""
         self._took_s += [now_s - began_s for began_s in started_s]
+        if len(self._took_s) + len(self._kinds) >= MAX_NOTED:
+            self._count()
 
     def totals(self) -> Totals:
         """Return what was counted."""
         self._count()
-        return Totals(dict(self._decisions), self._num_shielded, self._num_repaired, self._num_in_bucket.tolist(), self._sum_s)
+        return Totals(dict(self._decisions), self._num_shielded, self.num_repaired, self._num_in_bucket.tolist(), self._sum_s)
 
     def _count(self) -> None:
-        answers = [answer for answer in self._answers if type(answer) is Answer]
-        for (arm, version, rung, shield), number in Counter(map(_WHAT_COUNTS, answers)).items():
-            self._decisions[arm, version, rung] += number
-            self._num_shielded += number if shield else 0  # "": it agreed
+        for kind, number in Counter(self._kinds).items():
+            self._add(kind, number)
         took_s = np.array(self._took_s)
         places = np.searchsorted(LATENCY_BUCKETS_S, took_s, side="left")  # an edge belongs to the bucket below it
         self._num_in_bucket += np.bincount(places, minlength=len(self._num_in_bucket))
         self._sum_s += float(took_s.sum())
-        self._answers, self._took_s = [], []
+        self._kinds, self._took_s = [], []
+
+    def _add(self, kind: Any, number: int) -> None:
+        arm, version, rung, shield = kind
+        self._decisions[arm, version, rung] += number
+        self._num_shielded += number if shield else 0  # "": it agreed

@@ -29,6 +29,8 @@ DTYPES = {
     "FP64": np.dtype("<f8"),
 }
 BYTES = "BYTES"
+_LENGTH = struct.Struct("<I")  # before a text
+_SHORT_LENGTHS = [_LENGTH.pack(length).decode() for length in range(128)]
 MAX_DIMENSIONS = 32  # of a numpy array that has room for one more
 
 
@@ -164,7 +166,7 @@ def _shaped(array: np.ndarray, tensor: InputTensor) -> np.ndarray:
 def _texts(tensor: InputTensor, size: int, data: memoryview) -> list[str]:
     texts, at = [], 0
     while at + 4 <= len(data) and len(texts) < size:
-        [length] = struct.unpack_from("<I", data, at)
+        [length] = _LENGTH.unpack_from(data, at)
         text = bytes(data[at + 4 : at + 4 + length])
         if len(text) < length:
             break
@@ -187,7 +189,17 @@ def _dtype(tensor: InputTensor) -> np.dtype:
 
 def _to_bytes(datatype: str, values: Any) -> bytes:
     if datatype == BYTES:
-        texts = {text: text.encode() for text in set(values)}  # of arms and reasons there are few
-        items = {text: struct.pack("<I", len(data)) + data for text, data in texts.items()}
-        return b"".join(map(items.__getitem__, values))
+        if len(set(values)) == 1:  # arms and reasons, nearly always
+            return _text_items(values[:1]) * len(values)
+        return _text_items(values)
     return np.ascontiguousarray(values, DTYPES[datatype]).tobytes()
+
+
+def _text_items(texts: list[str]) -> bytes:
+    """Return each text behind its length in bytes."""
+    if max(map(len, texts)) < 128:  # ids, say: put together as text, ASCII takes the third of the time
+        joined = "".join([_SHORT_LENGTHS[len(text)] + text for text in texts])
+        if joined.isascii():
+            return joined.encode()
+    items = [text.encode() for text in texts]
+    return b"".join([part for item in items for part in (_LENGTH.pack(len(item)), item)])

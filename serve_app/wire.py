@@ -55,7 +55,7 @@ class Explanation(msgspec.Struct):
     shield: str | None
 
 
-class DecideAnswer(msgspec.Struct, omit_defaults=True):
+class DecideAnswer(msgspec.Struct, omit_defaults=True, gc=False):
     """Answer of POST /v1/decide. `propensity` is the probability (or density) of the action under the arm that answered.
 
     `policy` is said once where there are many answers.

@@ -20,8 +20,9 @@ from policies.spaces import Choices, Numbers, Spaces
 from policies.storage import open_storage
 from policies.traffic import Arm, TrafficPlan, assign
 from serve_app import rungs
+from serve_app.answers import Answer, each
 from serve_app.config import FallbackConfig, ServingConfig, ShieldConfig
-from serve_app.deciding import Answer, Decider, Rows
+from serve_app.deciding import Decider, Rows
 from serve_app.variants import Snapshot, Variant
 from tests.serving_helpers import NAME, decide_all, publish, random_policy, read_new, replica_of, snapshot_of, variant_of
 
@@ -54,7 +55,7 @@ def rows_of(num: int, **changes: Any) -> Rows:
 
 
 def decide(config: ServingConfig, snapshot: Snapshot, rows: Rows) -> list[Answer]:
-    answers = Decider(config, now_s=lambda: 0.0).decide(rows, snapshot)
+    answers = each(Decider(config, now_s=lambda: 0.0).decide(rows, snapshot))
     assert all(isinstance(answer, Answer) for answer in answers), answers
     return answers  # type: ignore[return-value]
 
@@ -145,7 +146,7 @@ def test_a_rule_that_is_wrong_is_passed_over_and_the_fixed_action_sent(rule: str
 
 def test_with_no_step_left_there_is_no_answer_and_the_reasons_are_all_told() -> None:
     snapshot = with_previous(snapshot_of(plan_of(0), fixed(1, [1, 0], fails=True)), fixed(9, [math.nan, 1]))
-    [error] = Decider(ServingConfig(), now_s=lambda: 0.0).decide(rows_of(1), snapshot)
+    [error] = each(Decider(ServingConfig(), now_s=lambda: 0.0).decide(rows_of(1), snapshot))
     assert isinstance(error, ServiceUnavailable)
     assert "version 1 raised" in str(error) and "version 9 gave NaN" in str(error)
 
@@ -215,7 +216,7 @@ def test_a_constraint_sees_the_observation_and_one_that_raises_forbids() -> None
     assert (forbidden.action, forbidden.shield, forbidden.rung) == (1, "tests.unit.test_deciding:is_positive", "fixed")
     assert "version 1 wanted an action that violates" in str(forbidden.fallback)
     broken = ServingConfig(shield=ShieldConfig(constraints=("tests.unit.test_deciding:raises",)))
-    [error] = Decider(broken, now_s=lambda: 0.0).decide(rows_of(1), snapshot)
+    [error] = each(Decider(broken, now_s=lambda: 0.0).decide(rows_of(1), snapshot))
     assert isinstance(error, ServiceUnavailable) and "ZeroDivisionError" in str(error)
 
 
@@ -301,7 +302,7 @@ def test_a_canary_that_fails_is_asked_five_times_and_then_left_alone_until_its_p
     canary.policy.distributions = fails  # type: ignore[misc, method-assign]
     decider, snapshot = Decider(ServingConfig(), now_s=clock), snapshot_of(plan_of(0.5), fixed(1, [0.5, 0.5]), canary)
     for number in range(100):
-        [answer] = decider.decide(rows_of(1, decision_ids=[f"x{number}"]), snapshot)
+        [answer] = each(decider.decide(rows_of(1, decision_ids=[f"x{number}"]), snapshot))
         assert isinstance(answer, Answer) and answer.version == 1 and 0 < answer.mixture_propensity <= 1
     assert num_asked == 5 and 2 in decider.open_breakers()
     clock.now_s = 1.5
@@ -315,9 +316,9 @@ def test_observations_that_a_version_has_no_numbers_for_close_it_to_nobody_else(
     version = fixed(1, [0.5, 0.5])
     version.policy.distributions = lambda obs_BD, mask_BA: np.where(obs_BD > 1e30, np.nan, [[0.5, 0.5]])  # type: ignore[method-assign]
     decider, snapshot = Decider(ServingConfig(), now_s=lambda: 0.0), snapshot_of(plan_of(0), version)
-    extreme = decider.decide(rows_of(10, obs_BD=np.full((10, 1), 3e38, np.float32)), snapshot)
+    extreme = each(decider.decide(rows_of(10, obs_BD=np.full((10, 1), 3e38, np.float32)), snapshot))
     assert all(isinstance(error, ServiceUnavailable) and "gave NaN" in str(error) for error in extreme)
-    [other] = decider.decide(rows_of(1), snapshot)
+    [other] = each(decider.decide(rows_of(1), snapshot))
     assert isinstance(other, Answer) and decider.open_breakers() == {}
 
 
@@ -330,7 +331,7 @@ def test_a_version_that_takes_too_long_is_left_alone_although_its_answers_are_se
 
     canary.policy.distributions = slow  # type: ignore[misc, method-assign]
     decider, snapshot = Decider(ServingConfig(), now_s=clock), snapshot_of(plan_of(1.0), fixed(1, [0.5, 0.5]), canary)
-    versions = [decider.decide(rows_of(1), snapshot)[0].version for _ in range(7)]  # type: ignore[union-attr]
+    versions = [each(decider.decide(rows_of(1), snapshot))[0].version for _ in range(7)]  # type: ignore[union-attr]
     assert versions == [2] * 5 + [1] * 2 and "took 300 ms" in decider.open_breakers()[2]
 
 
@@ -344,7 +345,7 @@ def test_a_tester_chooses_the_arm_and_the_mixture_is_that_arm() -> None:
         assert answer.arm == (arm or assign(unit, snapshot.plan).name)
         mixture = p[arm][answer.action] if arm else 0.1 * p["canary"][answer.action] + 0.9 * p["champion"][answer.action]
         assert answer.mixture_propensity == pytest.approx(mixture, rel=1e-12)
-    [error] = Decider(ServingConfig(), now_s=lambda: 0.0).decide(rows_of(1, arms=["holdout"]), snapshot)
+    [error] = each(Decider(ServingConfig(), now_s=lambda: 0.0).decide(rows_of(1, arms=["holdout"]), snapshot))
     assert isinstance(error, ServiceUnavailable) and "no arm 'holdout'; it has canary, champion" in str(error)
 
 

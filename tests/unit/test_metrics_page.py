@@ -23,8 +23,8 @@ from policies.storage import Storage, open_storage
 from policies.telemetry import LATENCY_BUCKETS_S
 from policies.traffic import champion_only
 from serve_app import tally as tally_module
+from serve_app.answers import Answer, Answers
 from serve_app.config import FallbackConfig
-from serve_app.deciding import Answer
 from serve_app.replica import PolicyReplica
 from serve_app.tally import Tally
 from tests.direct_replica import direct_replica
@@ -165,7 +165,9 @@ def test_however_many_are_counted_at_once_the_totals_are_the_same(monkeypatch: p
     by_arm = Answer("champion", 1, "d", "sample", 0, 1, 0.5, 0.5, "arm", None, "", None)
     shielded = by_arm._replace(rung="fixed", shield="limits")
     for _ in range(5):
-        tally.add_answers([by_arm, refusal, shielded, by_arm], num_repaired=1)
+        tally.add_answers([by_arm, refusal, shielded])  # type: ignore[list-item]
+        tally.add_answers(Answers.of([by_arm]))
+        tally.num_repaired += 1
         tally.add_requests([10.0 - LATENCY_BUCKETS_S[0], 10.0 - 1e6], 10.0)
     totals = tally.totals()
     assert totals.decisions == {("champion", 1, "arm"): 10, ("champion", 1, "fixed"): 5}

@@ -12,8 +12,9 @@ from policies.network import Gaussian
 from policies.observations import Box
 from policies.spaces import Numbers, Spaces
 from policies.traffic import Arm, TrafficPlan
+from serve_app.answers import Answer, each
 from serve_app.config import ServingConfig
-from serve_app.deciding import Answer, Decider, Rows
+from serve_app.deciding import Decider, Rows
 from serve_app.variants import Variant
 from tests.serving_helpers import snapshot_of
 from trimtab.local_plan import LocalPlan, LocalVersion, draw
@@ -52,7 +53,7 @@ def decided(action: Numbers, mean: list[float], *, one_by_one: bool, num: int = 
     rows = Rows(names, [seed_of(n) for n in names], [f"u{i}" for i in range(num)], np.zeros((num, 1), np.float32), None)
     if one_by_one:  # a row that asks for something goes down the ladder
         rows = rows._replace(modes=[None] * num)
-    answers = Decider(ServingConfig(), now_s=lambda: 0.0).decide(rows, snapshot)
+    answers = each(Decider(ServingConfig(), now_s=lambda: 0.0).decide(rows, snapshot))
     assert {answer.arm for answer in answers} == {"canary", "champion"}  # type: ignore[union-attr]
     return answers  # type: ignore[return-value]
 
