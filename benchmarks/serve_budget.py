@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.train_cartpole import commit, machine
 from policies.storage import open_storage
 from policies.traffic import with_canary
+from serve_app.answers import each
 from serve_app.asks import Ask
 from serve_app.config import ServingConfig
 from serve_app.deciding import Decider, Rows
@@ -58,11 +59,11 @@ def budget(replica: PolicyReplica, key: bytes, *, repetitions: int) -> dict[str,
     )
     shield = Decider(ServingConfig(shield={"low": 0, "high": 1}, fallback={"action": 0}), now_s=lambda: 0.0)
     at = Moment(snapshot.plan, 1.0, 1.0)
-    [answer] = ingress.decider.decide(_rows(asks[:1], snapshot), snapshot)
+    [answer] = each(ingress.decider.decide(_rows(asks[:1], snapshot), snapshot))
     decision = decision_of(asks[0], asks[0].observation, None, None, answer, at)
     told = answer_of(decision, NAME, None, explain=False)
     line = encode(decision) + b"\n"
-    place = replica._decisions._writer.append(line)
+    place = replica._decisions.writer.append(line)
 
     def one(step: Callable[[], Any]) -> float:
         return min(timeit.repeat(step, number=500, repeat=repetitions)) / 500 * 1e6
@@ -86,12 +87,12 @@ def budget(replica: PolicyReplica, key: bytes, *, repetitions: int) -> dict[str,
         "recall of a named request, one replica": same(lambda: (replica._recall.catch_up(), replica._recall.find("none"))),
         "features": both(features),
         "network and softmax": both(lambda asks: snapshot.champion.distributions(features(asks).obs_BD, None)),
-        "network, draw, propensities": both(lambda asks: ingress.decider.decide(_rows(asks, snapshot), snapshot)),
-        "the same with a canary of 50 %": both(lambda asks: ingress.decider.decide(_rows(asks, canary), canary)),
+        "network, draw, propensities": both(lambda asks: each(ingress.decider.decide(_rows(asks, snapshot), snapshot))),
+        "the same with a canary of 50 %": both(lambda asks: each(ingress.decider.decide(_rows(asks, canary), canary))),
         "the same under a shield, row by row": both(lambda asks: shield.decide(_rows(asks, snapshot), snapshot)),
         "log record": same(lambda: decision_of(asks[0], asks[0].observation, None, None, answer, at)),
         "log line as JSON": same(lambda: encode(decision)),
-        "write of the batch's lines": both(lambda asks: replica._decisions._writer.append(line * len(asks))),
+        "write of the batch's lines": both(lambda asks: replica._decisions.writer.append(line * len(asks))),
         "remember a named one": same(lambda: replica._recall.remember(("some-name",), *place)),
         "answer and its JSON": same(lambda: encode(answer_of(decision, NAME, None, explain=False))),
         "the whole batch, from asks to answers": both(

@@ -10,8 +10,9 @@ answer a constant: `no_op` (a Serve app behind the same HAProxy profile) and `uv
 are explained in benchmarks/serve_peers/.
 
 Each repetition starts each app afresh, in turn, requires that it answers 50 observations as the policy does, and loads it with
-`wrk` at 1 and at 64 connections; ours also at 70 % of what 64 connections got, with requests at fixed times. Needs `wrk` on the
-PATH (`apt-get install wrk`).
+`wrk` at 1 and at 64 connections; ours also at 70 % of what 64 connections got, twice: with requests at fixed times (`open`, by a
+generator in Python that takes as much of the processor as the server does), and from 512 connections of `wrk` that wait between
+their requests (`thinking`). Needs `wrk` on the PATH (`apt-get install wrk`).
 """
 
 import argparse
@@ -36,6 +37,7 @@ CONNECTIONS = (1, 64)
 WARM_UP_S = 3
 NUM_CHECKED = 50
 OPEN_LOOP_SHARE = 0.7
+NUM_THINKING = 512  # connections that together send as many requests per second
 RESULT_FILE = RESULTS / "serve_latency.json"
 
 
@@ -55,6 +57,9 @@ def measure(name: str, size: str, *, onnx: Path, seconds: int, warm_up_s: int = 
             rate_per_s = OPEN_LOOP_SHARE * rows[-1]["requests_per_s"]
             figures = open_loop_figures(request, rate_per_s=rate_per_s, seconds=seconds)
             rows.append({"app": name, "policy": size, "load": "open", "connections": CONNECTIONS[-1], **figures})
+            think_ms = 1000 * NUM_THINKING / rate_per_s
+            figures = run_wrk(request, connections=NUM_THINKING, seconds=seconds, think_ms=think_ms)
+            rows.append({"app": name, "policy": size, "load": "thinking", "connections": NUM_THINKING, **figures})
         return rows
 
 

@@ -53,8 +53,7 @@ def encode_numbers(spaces: Spaces, numbers: np.ndarray, *, repair: Repair | None
         expected = list(spaces.observation.low.shape) if isinstance(spaces.observation, Box) else "not one array of numbers"
         raise RequestInvalid(f"observations have shape {list(numbers.shape[1:])}, this policy's {expected}")
     obs_ND = numbers.reshape(len(numbers), -1)
-    is_fit_N = ((obs_ND >= spaces.low_D) & (obs_ND <= spaces.high_D) & np.isfinite(obs_ND)).all(axis=1)
-    if is_fit_N.all():
+    if np.isfinite(obs_ND).all() and (obs_ND >= spaces.low_D).all() and (obs_ND <= spaces.high_D).all():
         return Encoded(obs_ND, None, range(len(obs_ND)), {}, numbers, {})
     each = _encode_each(spaces, numbers.tolist(), None, repair, None)
     with np.errstate(over="ignore"):  # of a `fill` that no float32 is: its row was refused

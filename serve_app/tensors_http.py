@@ -189,7 +189,7 @@ def _dtype(tensor: InputTensor) -> np.dtype:
 
 def _to_bytes(datatype: str, values: Any) -> bytes:
     if datatype == BYTES:
-        if len(set(values)) == 1:  # arms and reasons, nearly always
+        if values[0] == values[-1] and values.count(values[0]) == len(values):  # arms and reasons, nearly always
             return _text_items(values[:1]) * len(values)
         return _text_items(values)
     return np.ascontiguousarray(values, DTYPES[datatype]).tobytes()

@@ -1,4 +1,9 @@
-"""How many requests per second does an endpoint answer, when each connection sends the next one as soon as it can?"""
+"""How many requests per second does an endpoint answer, when each connection sends the next one as soon as it can, or later?
+
+With a think time each connection waits before its next request, for a time drawn anew: a closed loop of many such connections
+comes near to requests that arrive at random, as long as answers take much less than the think time. A pause of the endpoint is
+met by one request of each connection, not by all that would have come meanwhile: `benchmarks.serving.open_loop` counts those.
+"""
 
 import json
 import subprocess
@@ -15,6 +20,10 @@ wrk.method = "POST"
 wrk.body = file:read("*a")
 file:close()
 %(headers)s
+local think_ms = %(think_ms)g
+if think_ms > 0 then
+  delay = function() return math.floor(0.5 - think_ms * math.log(1 - math.random())) end
+end
 done = function(summary, latency, requests)
   local errors = summary.errors
   io.write(string.format(
@@ -38,12 +47,15 @@ class Request:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def run_wrk(request: Request, *, connections: int, seconds: int) -> dict[str, Any]:
-    """Load the endpoint and return the row of it; raises `LoadFailed` when wrk fails or nothing was answered."""
+def run_wrk(request: Request, *, connections: int, seconds: int, think_ms: float = 0.0) -> dict[str, Any]:
+    """Load the endpoint and return the row of it; raises `LoadFailed` when wrk fails or nothing was answered.
+
+    `think_ms` is the mean of how long a connection waits after an answer; the waits are exponential, in whole milliseconds.
+    """
     with tempfile.TemporaryDirectory() as directory:
         body, script = Path(directory) / "body", Path(directory) / "post.lua"
         body.write_bytes(request.body)
-        script.write_text(_script(body, request.headers))
+        script.write_text(_script(body, request.headers, think_ms))
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), request.url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + END_TIMEOUT_S)
     if done.returncode != 0:
@@ -72,6 +84,6 @@ def parse_result(output: str) -> dict[str, Any]:
     }
 
 
-def _script(body: Path, headers: dict[str, str]) -> str:
+def _script(body: Path, headers: dict[str, str], think_ms: float) -> str:
     lines = "\n".join(f"wrk.headers[{json.dumps(name)}] = {json.dumps(value)}" for name, value in headers.items())
-    return _SCRIPT % {"body_path": json.dumps(str(body)), "headers": lines}
+    return _SCRIPT % {"body_path": json.dumps(str(body)), "headers": lines, "think_ms": think_ms}
