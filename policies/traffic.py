@@ -104,21 +104,26 @@ def without(plan: TrafficPlan, name: ArmName) -> TrafficPlan:
 
 
 def assign(unit_id: str, plan: TrafficPlan) -> Arm:
-    """Return the arm that answers this unit.
+    """Return the arm that answers this unit, see `assign_many`."""
+    return plan.arms[0] if len(plan.arms) == 1 else assign_many([unit_id], plan)[0]
+
+
+def assign_many(unit_ids: list[str], plan: TrafficPlan) -> list[Arm]:
+    """Return the arm that answers each unit.
 
     A bucket depends on the unit and a salt only, so a unit keeps its arm while weights move towards it: growing the canary
     from 5 % to 25 % never takes back a unit that already has it. Who is held out is decided first, under a salt of its own.
     """
-    if len(plan.arms) == 1:
-        return plan.arms[0]  # nearly always: no hash
-    champion = plan.arms[-1]
-    if plan.held_out and bucket_of(unit_id, HOLDOUT_SALT) < round(plan.held_out * BUCKETS):
-        return plan.arm("holdout") or champion
-    canary = plan.arm("canary")
-    if canary is None:
-        return champion
-    share = canary.weight / (1.0 - plan.held_out)  # of the units that are left
-    return canary if bucket_of(unit_id, plan.salt) < round(share * BUCKETS) else champion
+    champion, canary = plan.arms[-1], plan.arm("canary")
+    arms = [champion] * len(unit_ids)
+    if canary is not None:
+        num_buckets = round(canary.weight / (1.0 - plan.held_out) * BUCKETS)  # of the units that are left
+        arms = [canary if bucket < num_buckets else champion for bucket in buckets_of(unit_ids, plan.salt)]
+    if plan.held_out:
+        holdout, num_buckets = plan.arm("holdout") or champion, round(plan.held_out * BUCKETS)
+        held = buckets_of(unit_ids, HOLDOUT_SALT)
+        arms = [holdout if bucket < num_buckets else arm for bucket, arm in zip(held, arms)]
+    return arms
 
 
 def to_the_bucket(share: float) -> float:
@@ -126,10 +131,10 @@ def to_the_bucket(share: float) -> float:
     return round(share * BUCKETS) / BUCKETS
 
 
-def bucket_of(unit_id: str, salt: str) -> int:
-    """Return 0 … 9,999 from SHA-256: Python's own `hash` differs between processes and would break stickiness."""
-    digest = hashlib.sha256(f"{salt}\0{unit_id}".encode()).digest()
-    return int.from_bytes(digest[:8]) % BUCKETS
+def buckets_of(unit_ids: list[str], salt: str) -> list[int]:
+    """Return 0 … 9,999 for each from SHA-256: Python's own `hash` differs between processes and would break stickiness."""
+    prefix, sha256, from_bytes = f"{salt}\0".encode(), hashlib.sha256, int.from_bytes
+    return [from_bytes(sha256(prefix + unit_id.encode()).digest()[:8]) % BUCKETS for unit_id in unit_ids]
 
 
 def _arm_from_json(value: Any) -> Arm:

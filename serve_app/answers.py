@@ -89,6 +89,14 @@ class Answers(NamedTuple):
         return [Answer(*row) for row in zip(*columns)]
 
 
+def put_together(places: list[list[int]], parts: list[Answers]) -> Answers:
+    """Return the answers of parts of a batch, each at its places."""
+    found: dict[int, Answer] = {}
+    for chosen, answers in zip(places, parts):
+        found |= zip(chosen, answers.each())
+    return Answers.of([found[row] for row in range(len(found))])
+
+
 # What a batch is answered: columns where every row has an answer of its own arm, else row by row, or why there is none.
 Decided = Answers | list[Answer | ServiceUnavailable]
 

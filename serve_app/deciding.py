@@ -17,8 +17,8 @@ import numpy as np
 from policies.distributions import Categorical, Mode, Propensity, mixed
 from policies.errors import ServiceUnavailable
 from policies.records import unit_id_of
-from policies.traffic import Arm, assign
-from serve_app.answers import Answer, Answers, Decided, if_learnable, per_row
+from policies.traffic import Arm, assign, assign_many
+from serve_app.answers import Answer, Answers, Decided, if_learnable, per_row, put_together
 from serve_app.breaker import Breaker
 from serve_app.config import ServingConfig
 from serve_app.rungs import Ladder, Row, Walk, versions_of
@@ -167,61 +167,65 @@ class Decider:
 
 def _decide_usual(rows: Rows, snapshot: Snapshot, parameters: dict[int, np.ndarray]) -> Decided:
     """Decide all rows at once, given that each version of the plan answers for each of them."""
-    plan, num_rows = snapshot.plan, len(rows.seeds)
-    if len(plan.arms) == 1:
-        answers = _sent_by(plan.arms[0], snapshot, parameters, rows.seeds)
-    else:
-        of_arm: dict[str, list[int]] = {arm.name: [] for arm in plan.arms}
-        for row, decision_id in enumerate(rows.decision_ids):
-            of_arm[assign(unit_id_of(rows.unit_ids, row, decision_id), plan).name].append(row)
-        parts = []
-        for arm in plan.arms:
-            if chosen := of_arm[arm.name]:
-                its_own = parameters if len(chosen) == num_rows else {v: own_BP[chosen] for v, own_BP in parameters.items()}
-                parts.append((chosen, _sent_by(arm, snapshot, its_own, [rows.seeds[row] for row in chosen])))
-        answers = parts[0][1] if len(parts) == 1 else _put_together(parts, num_rows)
+    answers = _sent(rows, snapshot, parameters)
     if rows.keeps_distributions:
-        answers = answers._replace(parameters=_distributions_of(answers, parameters))
+        seen = [parameters[version][row] for row, version in zip(range(len(rows.seeds)), per_row(answers.versions))]
+        answers = answers._replace(parameters=seen)
     for propensities in (answers.propensities, answers.mixture_propensities or (1.0,)):
         if not (min(propensities) > 0 and max(propensities) < math.inf):
             return [if_learnable(answer) for answer in answers.each()]
     return answers
 
 
-def _sent_by(arm: Arm, snapshot: Snapshot, parameters: dict[int, np.ndarray], seeds: list[int]) -> Answers:
-    """Return what one arm answers its rows."""
+def _sent(rows: Rows, snapshot: Snapshot, parameters: dict[int, np.ndarray]) -> Answers:
+    plan = snapshot.plan
+    if len(plan.arms) == 1:
+        return _drawn(plan.arms[0], snapshot, parameters, rows.seeds)
+    units = rows.unit_ids
+    if not isinstance(units, list):
+        units = [unit_id_of(units, row, name) for row, name in enumerate(rows.decision_ids)]
+    arms = assign_many(units, plan)
+    how = {arm.name: _how_drawn(arm, snapshot) for arm in plan.arms}
+    if len(set(how.values())) == 1:
+        return _drawn(arms, snapshot, parameters, rows.seeds)
+    together: dict[str, list[int]] = {}
+    for row, arm in enumerate(arms):
+        together.setdefault(how[arm.name], []).append(row)
+    parts = []
+    for chosen in together.values():
+        its_own = {version: parameters_BP[chosen] for version, parameters_BP in parameters.items()}
+        parts.append(_drawn([arms[row] for row in chosen], snapshot, its_own, [rows.seeds[row] for row in chosen]))
+    return put_together(list(together.values()), parts)
+
+
+def _how_drawn(arm: Arm, snapshot: Snapshot) -> str:
+    """Choices of one mode are drawn alike, whichever version they are of; of real numbers each version has a scale of its own."""
     variant = snapshot.variants[arm.version]
-    actions, propensities = variant.policy.distribution.choose_many(parameters[arm.version], variant.mode, seeds)
+    return variant.mode if isinstance(variant.policy.distribution, Categorical) else arm.name
+
+
+def _drawn(arms: Arm | list[Arm], snapshot: Snapshot, parameters: dict[int, np.ndarray], seeds: list[int]) -> Answers:
+    """Return what one arm answers its rows, or one per row: then all draw alike."""
+    if isinstance(arms, Arm):
+        names: str | list[str] = arms.name
+        versions: int | list[int] = arms.version
+        variant, own_BP = snapshot.variants[arms.version], parameters[arms.version]
+        digests = {variant.version: variant.digest}
+    else:
+        names, versions = [arm.name for arm in arms], [arm.version for arm in arms]
+        variant = snapshot.variants[versions[0]]
+        own_BP = _of_each(versions, parameters)
+        digests = {version: snapshot.variants[version].digest for version in set(versions)}
+    actions, propensities = variant.policy.distribution.choose_many(own_BP, variant.mode, seeds)
     mixtures = None if len(snapshot.plan.arms) == 1 else _mixtures(actions, snapshot, parameters)
-    version = variant.version
-    return Answers(arm.name, version, {version: variant.digest}, variant.mode, seeds, actions, propensities, mixtures)
+    return Answers(names, versions, digests, variant.mode, seeds, actions, propensities, mixtures)
 
 
-def _put_together(parts: list[tuple[list[int], Answers]], num_rows: int) -> Answers:
-    """Return the answers of several arms, each to its rows, in the order of the batch."""
-
-    def column(of: Callable[[Answers], Any]) -> list[Any]:
-        values: list[Any] = [None] * num_rows
-        for chosen, answers in parts:
-            for row, value in zip(chosen, per_row(of(answers))):
-                values[row] = value
-        return values
-
-    return Answers(
-        column(lambda part: part.arms),
-        column(lambda part: part.versions),
-        {version: digest for _, part in parts for version, digest in part.digests.items()},
-        column(lambda part: part.modes),
-        column(lambda part: part.seeds),
-        column(lambda part: part.actions),
-        column(lambda part: part.propensities),
-        column(lambda part: part.mixture_propensities),
-    )
-
-
-def _distributions_of(answers: Answers, parameters: dict[int, np.ndarray]) -> list[np.ndarray]:
-    """Return the distribution that each row was drawn from."""
-    return [parameters[version][row] for row, version in zip(range(len(answers.seeds)), per_row(answers.versions))]
+def _of_each(versions: list[int], parameters: dict[int, np.ndarray]) -> np.ndarray:
+    """Return each row's distribution by its own version, [B, P]."""
+    place = {version: index for index, version in enumerate(parameters)}
+    parameters_VBP = np.stack(list(parameters.values()))
+    return parameters_VBP[[place[version] for version in versions], np.arange(len(versions))]
 
 
 def _mixtures(actions: list[Any], snapshot: Snapshot, parameters: dict[int, np.ndarray]) -> list[float]:

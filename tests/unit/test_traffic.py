@@ -18,7 +18,7 @@ from policies.traffic import (
     Arm,
     TrafficPlan,
     assign,
-    bucket_of,
+    buckets_of,
     champion_only,
     with_canary,
     with_holdout,
@@ -85,21 +85,21 @@ def test_buckets_are_even():
     # Chi-square over 100 groups of buckets, 99 degrees of freedom: above 150 has chance 0.0007 for even buckets.
     counts = [0] * 100
     for unit in UNITS:
-        counts[bucket_of(unit, "salt") * 100 // BUCKETS] += 1
+        counts[buckets_of([unit], "salt")[0] * 100 // BUCKETS] += 1
     expected = len(UNITS) / 100
     assert sum((count - expected) ** 2 / expected for count in counts) < 150
 
 
 def test_the_first_bucket_is_pinned():
     # From `printf 'release-1\0user-0' | sha256sum`, first 16 hex digits as a number, modulo 10,000.
-    assert bucket_of("user-0", "release-1") == int("0cb8303f9d03af27", 16) % BUCKETS
+    assert buckets_of(["user-0"], "release-1") == [int("0cb8303f9d03af27", 16) % BUCKETS]
 
 
 BUCKETS_IN_A_PROCESS = """
 import sys
-from policies.traffic import bucket_of
-bucket = bucket_of if sys.argv[1] == "ours" else lambda unit, salt: hash((salt, unit)) % 10_000
-print([bucket(f"user-{number}", "release-1") for number in range(50)])
+from policies.traffic import buckets_of
+units = [f"user-{number}" for number in range(50)]
+print(buckets_of(units, "release-1") if sys.argv[1] == "ours" else [hash(("release-1", unit)) % 10_000 for unit in units])
 """
 
 
@@ -139,7 +139,7 @@ def test_one_arm_is_assigned_without_a_hash(monkeypatch: pytest.MonkeyPatch):
     def refuse(unit_id: str, salt: str) -> int:
         raise AssertionError("hashed")
 
-    monkeypatch.setattr("policies.traffic.bucket_of", refuse)
+    monkeypatch.setattr("policies.traffic.buckets_of", refuse)
     assert assign("user-1", champion_only(3, 7)).version == 7
     assert assign("user-1", without(with_holdout(champion_only(3, 7), 1, 0.5), "holdout")).version == 7
     with pytest.raises(AssertionError, match="hashed"):  # the control: two arms need it
@@ -179,7 +179,10 @@ def test_shares_with_a_holdout_match_weights_within_binomial_error(share: float,
 
 def dependence(salt_of_holdout: str, salt_of_release: str) -> float:
     """Chi-square of a 2 × 10 table: held out (20 %) or not, by tenth of the release's buckets; 9 degrees of freedom."""
-    table = Counter((bucket_of(u, salt_of_holdout) < 2000, bucket_of(u, salt_of_release) // 1000) for u in UNITS)
+    table = Counter(
+        (held < 2000, other // 1000)
+        for held, other in zip(buckets_of(UNITS, salt_of_holdout), buckets_of(UNITS, salt_of_release))
+    )
     rows, columns = Counter(), Counter()
     for (row, column), count in table.items():
         rows[row] += count

@@ -1,0 +1,98 @@
+"""Columns say what their rows say, in memory, in the log and as tensors."""
+
+import struct
+
+import msgspec
+import numpy as np
+import pytest
+
+from policies.errors import ServiceUnavailable
+from policies.records import DecisionBatch
+from policies.storage import Storage, open_storage
+from serve_app.answers import Answer, Answers, each, sorted_out
+from serve_app.decision_ids import DecisionIds
+from serve_app.tensors_http import _text_items
+from tests.serving_helpers import decide_all, logged, observations, publish, random_policy, release, replica_of
+
+ROW = Answer("champion", 1, "digest-1", "sample", 7, 0, 0.25, 0.5, "arm", None, None, None)
+OTHER = ROW._replace(arm="canary", version=2, digest="digest-2", mode="greedy", seed=8, action=[1, 2], propensity=1.0)
+FALLEN = ROW._replace(rung="fixed", fallback="version 1 gave NaN", shield="limits", mixture_propensity=0.125)
+
+
+@pytest.mark.parametrize("rows", [[ROW], [ROW, ROW], [ROW, OTHER], [OTHER, FALLEN, ROW], [FALLEN, FALLEN]])
+def test_rows_come_back_from_their_columns(rows: list[Answer]) -> None:
+    assert Answers.of(rows).each() == rows
+
+
+def test_what_all_rows_share_is_said_once_and_what_one_has_is_said_for_each() -> None:
+    alike, mixed = Answers.of([ROW, ROW._replace(seed=9)]), Answers.of([ROW, FALLEN])
+    assert (alike.arms, alike.versions, alike.modes, alike.rungs, alike.fallbacks) == ("champion", 1, "sample", "arm", None)
+    assert (mixed.arms, mixed.rungs, mixed.fallbacks) == ("champion", ["arm", "fixed"], [None, "version 1 gave NaN"])
+
+
+def test_a_distribution_stays_with_its_row() -> None:
+    [first, second] = Answers.of([ROW, OTHER._replace(parameters_P=np.array([0.25, 0.75]))]).each()
+    assert first.parameters_P is None and second.parameters_P is not None and second.parameters_P.tolist() == [0.25, 0.75]
+
+
+def test_rows_without_an_answer_are_apart_and_keep_their_places() -> None:
+    refusal = ServiceUnavailable("nobody answers")
+    answers, errors = sorted_out([ROW, refusal, OTHER])
+    assert answers is not None and answers.each() == [ROW, OTHER] and errors == {1: refusal}
+    assert sorted_out([refusal]) == (None, {0: refusal})
+    assert each([ROW, refusal]) == [ROW, refusal] and each(Answers.of([ROW])) == [ROW]
+
+
+@pytest.mark.parametrize(
+    "texts", [["a"], ["", "a"], ["x" * 127, "y" * 128], ["ä", "b"], ["ä" * 100, "z" * 300], ["\0\x7f", "\x80"]]
+)
+def test_texts_of_a_tensor_stand_behind_their_length_in_bytes(texts: list[str]) -> None:
+    expected = b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in texts)
+    assert _text_items(texts) == expected
+
+
+@pytest.mark.parametrize("num", [1, 2, 300])
+def test_names_within_a_request_are_numbered(num: int) -> None:
+    names, seeds = DecisionIds(b"secret").names_within("page-1", num)
+    tag = names[0].rpartition(".")[2]
+    assert names == [f"page-1:{index}.{tag}" for index in range(num)] and len(seeds) == num
+
+
+# --- whose decision it is, where nobody said so ---
+
+
+@pytest.fixture
+def storage(tmp_path) -> Storage:
+    storage = open_storage(tmp_path / "storage")
+    for seed in (1, 2):
+        publish(storage, random_policy(seed))
+    release(storage, 2, weights=(0.5,))
+    return storage
+
+
+def test_without_units_each_of_many_is_a_unit_of_its_own_and_the_log_says_so_once(storage: Storage) -> None:
+    replica = replica_of(storage)
+    [named, unnamed, own] = decide_all(
+        storage,
+        replica,
+        {"observations": observations(40), "request_id": "page"},
+        {"observations": observations(40)},
+        {"observations": observations(2), "request_ids": ["one", "two"]},
+    )
+    decisions = logged(storage)
+    units = [decision.unit_id for decision in decisions]
+    assert units[:40] == [f"page:{index}" for index in range(40)] and units[80:] == ["one", "two"]
+    assert len(set(units)) == 82 and {decision.arm for decision in decisions[:40]} == {"canary", "champion"}
+    told = [(row["decision_id"], row["arm"]) for reply in (named, unnamed, own) for row in reply.json()["decisions"]]
+    assert told == [(decision.decision_id, decision.arm) for decision in decisions]
+    lines = [line for path in storage.decisions("demo").glob("*.jsonl") for line in path.read_bytes().splitlines()[1:]]
+    assert [msgspec.json.decode(line, type=DecisionBatch).unit_ids for line in lines] == [None] * 3
+
+
+def test_a_repeated_request_for_many_keeps_its_units_and_arms(storage: Storage) -> None:
+    replica, body = replica_of(storage), {"observations": observations(40), "request_id": "page"}
+    [first] = decide_all(storage, replica, body)
+    [again] = decide_all(storage, replica, body)
+    [other] = decide_all(storage, replica, {**body, "unit_id": "somebody"})
+    assert first.json() == again.json() and len(logged(storage)) == 40
+    assert "error" in other.json()["decisions"][0]  # asked for somebody else: it is no repetition
