@@ -1,5 +1,7 @@
 """What a shadow would have answered, beside what was sent: the record that is written of it."""
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,36 +10,38 @@ from policies.distributions import Categorical, Distribution, Mode
 from policies.records import Shadow
 
 
-def shadow_record(
-    decision_id: str,
-    sent_action: Any,
+def shadow_records(
+    decision_ids: list[str],
+    seeds: list[int],
+    sent_actions: list[Any],
+    parameters_BP: np.ndarray,
     *,
-    seed: int,
     version: int,
     digest: str,
     mode: Mode,
     distribution: Distribution,
-    parameters_P: np.ndarray,
     now: float,
-) -> Shadow:
-    """Return what a version with this distribution [P] would have done in a decision's place, with the same random numbers."""
-    if not np.isfinite(parameters_P).all():
+) -> list[Shadow]:
+    """Return what a version with these distributions would have done in each decision's place, with the same random numbers."""
+    what: dict[str, Any] = {"version": version, "digest": digest, "mode": mode, "now": now}
+    is_usable_B = np.isfinite(parameters_BP).all(axis=1)
+    if not is_usable_B.all():
         failure = f"version {version} gave NaN"
-        return failed_shadow(decision_id, version=version, digest=digest, mode=mode, failure=failure, now=now)
-    action, propensity = distribution.choose(parameters_P, mode, seed)
-    is_discrete = isinstance(distribution, Categorical)
-    return Shadow(
-        decision_id=decision_id,
-        time_s=now,
-        version=version,
-        digest=digest,
-        mode=mode,
-        distribution=parameters_P.tolist(),
-        action=action,
-        propensity=propensity,
-        agrees=action == sent_action,
-        sent_propensity=distribution.propensity(sent_action, parameters_P, mode) if is_discrete else None,
-    )
+        records = [failed_shadow(name, failure=failure, **what) for name in decision_ids]
+        for row in np.flatnonzero(is_usable_B):
+            one = slice(row, row + 1)
+            columns = (decision_ids[one], seeds[one], sent_actions[one], parameters_BP[one])
+            records[one] = shadow_records(*columns, distribution=distribution, **what)
+        return records
+    actions, propensities = distribution.choose_many(parameters_BP, mode, seeds)
+    sent: Iterable[float | None] = itertools.repeat(None)
+    if isinstance(distribution, Categorical):
+        sent = distribution.propensity_many(sent_actions, parameters_BP, mode)
+    each = zip(decision_ids, parameters_BP.tolist(), actions, propensities, sent_actions, sent)
+    return [
+        Shadow(name, now, version, digest, mode, parameters, action, propensity, None, action == sent_action, sent_propensity)
+        for name, parameters, action, propensity, sent_action, sent_propensity in each
+    ]
 
 
 def failed_shadow(decision_id: str, *, version: int, digest: str, mode: Mode, failure: str, now: float) -> Shadow:

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from policies.records import Shadow
-from policies.shadowing import failed_shadow, shadow_record
+from policies.shadowing import failed_shadow, shadow_records
 from serve_app.decision_log import SegmentWriter
 from serve_app.variants import Variant
 
@@ -98,8 +98,6 @@ def _answers(variant: Variant, batch: _Batch, now_s: float) -> list[Shadow]:
     except Exception as error:  # the version's own failure, which is what a shadow is there to find
         failure = f"version {variant.version} raised {error!r:.200}"
         return [failed_shadow(name, failure=failure, **what) for name in batch.decision_ids]
-    distribution = variant.policy.distribution
-    return [
-        shadow_record(name, action, seed=seed, distribution=distribution, parameters_P=parameters_P, **what)
-        for name, seed, action, parameters_P in zip(batch.decision_ids, batch.seeds, batch.actions, parameters_BP)
-    ]
+    return shadow_records(
+        batch.decision_ids, batch.seeds, batch.actions, parameters_BP, distribution=variant.policy.distribution, **what
+    )

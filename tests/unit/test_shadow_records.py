@@ -8,7 +8,7 @@ import pytest
 from policies.distributions import Categorical, Mode, Normal
 from policies.network import Gaussian
 from policies.records import Decision, Shadow
-from policies.shadowing import shadow_record
+from policies.shadowing import shadow_records
 from policies.spaces import Choices, Numbers
 from tests.simulators import START_S, make_decision
 
@@ -17,9 +17,14 @@ HALF = 1 << 52  # the seed that draws 0.5
 
 
 def shadow(decision: Decision, probabilities: list[float], mode: Mode = "sample") -> Shadow:
-    what = {"version": 2, "digest": "d" * 64, "mode": mode, "now": START_S + 1, "seed": decision.seed}
-    p_A = np.array(probabilities)
-    return shadow_record(decision.decision_id, decision.action, distribution=ACTIONS, parameters_P=p_A, **what)
+    [record] = shadows([decision], [probabilities], mode)
+    return record
+
+
+def shadows(decisions: list[Decision], probabilities: list[list[float]], mode: Mode = "sample") -> list[Shadow]:
+    ids, seeds, actions = zip(*((decision.decision_id, decision.seed, decision.action) for decision in decisions))
+    what = {"version": 2, "digest": "d" * 64, "mode": mode, "now": START_S + 1, "distribution": ACTIONS}
+    return shadow_records(list(ids), list(seeds), list(actions), np.array(probabilities), **what)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +56,20 @@ def test_a_shadow_that_gives_nan_failed():
     assert (record.failure, record.distribution, record.action, record.agrees) == ("version 2 gave NaN", None, None, None)
 
 
+@pytest.mark.parametrize("mode", ["sample", "greedy"])
+def test_many_are_what_each_is_alone_and_one_that_fails_takes_no_other_with_it(mode: Mode):
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([1, 1, 1], 40)
+    probabilities[[3, 39]] = math.nan
+    decisions = [make_decision(f"d{n}", action=int(rng.integers(10, 13)), seed=int(rng.integers(1 << 53))) for n in range(40)]
+    together = shadows(decisions, probabilities.tolist(), mode)
+    assert together == [shadow(decision, p_A, mode) for decision, p_A in zip(decisions, probabilities.tolist())]
+    assert [record.decision_id for record in together if record.failure] == ["d3", "d39"]
+
+
 def test_real_valued_actions_have_no_probability():
     bound = np.array([1.0], np.float32)
     normal = Normal(Numbers(-bound, bound), Gaussian())
-    what = {"version": 2, "digest": "d", "mode": "sample", "now": START_S, "seed": HALF}
-    record = shadow_record("a", [0.5], distribution=normal, parameters_P=np.array([0.0, 1.0]), **what)
+    what = {"version": 2, "digest": "d", "mode": "sample", "now": START_S}
+    [record] = shadow_records(["a"], [HALF], [[0.5]], np.array([[0.0, 1.0]]), distribution=normal, **what)
     assert record.sent_propensity is None and record.agrees is False and record.propensity > 0
