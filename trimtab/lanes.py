@@ -21,13 +21,16 @@ class DirectLanes:
         """Note that somebody asks now, so that the others need not."""
         self._looked_s = now_s
 
-    def replace(self, urls: list[str] | None, *, now_s: float) -> None:
-        """Take in what the endpoint says; None keeps what is known."""
+    def replace(self, urls: list[str], *, now_s: float) -> None:
+        """Take in what the endpoint says."""
         self._looked_s = now_s
-        if urls is not None:
-            self._urls = [str(url).rstrip("/") for url in urls]
-            known, aside = set(self._urls), self._aside_until_s
-            self._aside_until_s = {url: until_s for url, until_s in list(aside.items()) if url in known}
+        self._urls = [str(url).rstrip("/") for url in urls]
+        known, aside = set(self._urls), self._aside_until_s
+        self._aside_until_s = {url: until_s for url, until_s in list(aside.items()) if url in known}
+
+    def add(self, urls: list[str]) -> None:
+        """Take in what a replica says, which may not know all others: those that are gone are set aside when they fail."""
+        self._urls = list(dict.fromkeys([*self._urls, *(str(url).rstrip("/") for url in urls)]))
 
     def set_aside(self, url: str, *, now_s: float, seconds: float = ASIDE_S) -> None:
         self._aside_until_s[url] = now_s + max(seconds, MIN_ASIDE_S)

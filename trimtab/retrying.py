@@ -183,14 +183,20 @@ def retry_after_s(header: str | None) -> float | None:
 
 
 def _next_base(url: str, lanes: DirectLanes | None, remaining_s: float, now_s: Callable[[], float]) -> Steps:
-    """Return where the next try goes, a replica's own port or the endpoint; now and then ask the endpoint where they are."""
+    """Return where the next try goes, a replica's own port or the endpoint; now and then ask where they are.
+
+    The proxy in front may be away for longer than a replica lives, so then one of the replicas is asked where the others are.
+    """
     if lanes is None or remaining_s <= LEAST_TIMEOUT_S:
         return url
     if lanes.are_old(now_s()):
         lanes.begin_look(now_s())
         limit_s = min(LOOK_TIMEOUT_S, remaining_s / 3)
-        outcome = yield Send("GET", f"{url}/v1/endpoints", None, limit_s, limit_s)
-        lanes.replace(_endpoints(outcome), now_s=now_s())
+        told = _endpoints((yield Send("GET", f"{url}/v1/endpoints", None, limit_s, limit_s)))
+        if told is not None:
+            lanes.replace(told, now_s=now_s())
+        elif (lane := lanes.next(now_s())) is not None:
+            lanes.add(_endpoints((yield Send("GET", f"{lane}/v1/endpoints", None, limit_s, limit_s))) or [])
     return lanes.next(now_s()) or url
 
 

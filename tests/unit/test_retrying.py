@@ -9,7 +9,7 @@ import pytest
 from policies.errors import ClusterError, Forbidden, Overloaded, RequestConflict, RequestInvalid
 from trimtab import retrying
 from trimtab.calls import decide, single
-from trimtab.lanes import ASIDE_S, DirectLanes
+from trimtab.lanes import ASIDE_S, LOOK_INTERVAL_S, DirectLanes
 from trimtab.retrying import (
     FIRST_PAUSE_S,
     LEAST_TIMEOUT_S,
@@ -38,6 +38,7 @@ class World:
         self.sends: list[tuple[float, Send]] = []
         self.pauses: list[float] = []
         self._answers = answers
+        self.told_by: dict[str, dict[str, list[str]]] = {}  # what a host says where replicas are; others do not answer that
 
     def run(self, call: Call = ONE, *, timeout_s: float = 5.0, lanes: DirectLanes | None = None, seed: int = 0) -> object:
         steps = exchange(call, url=URL, lanes=lanes, timeout_s=timeout_s, now_s=lambda: self.now_s, rng=random.Random(seed))
@@ -54,10 +55,12 @@ class World:
             self.pauses.append(step.seconds)
             self.now_s += step.seconds
             return None
+        host = step.url.removeprefix("http://").partition("/")[0]
         if step.url.endswith("/v1/endpoints"):
-            return Failed(OSError("the endpoint does not say where replicas are"))
+            told = self.told_by.get(host)
+            return Failed(OSError("nobody says where replicas are")) if told is None else Answered(200, json.dumps(told).encode())
         self.sends.append((self.now_s, step))
-        latency_s, outcome = self._answers(step.url.removeprefix("http://").partition("/")[0], len(self.sends) - 1)
+        latency_s, outcome = self._answers(host, len(self.sends) - 1)
         if latency_s > step.timeout_s:
             latency_s, outcome = step.timeout_s, Failed(TimeoutError("too slow"))
         self.now_s += latency_s
@@ -157,6 +160,27 @@ def test_a_lane_that_fails_is_left_at_once_for_the_next_and_the_endpoint_is_the_
     assert sorted(hosts[:2]) == ["http://a/v1/decide", "http://b/v1/decide"] and hosts[2:] == [f"{URL}/v1/decide"]
     assert not world.pauses
     assert lanes.next(100.0 + ASIDE_S - 0.1) is None and lanes.next(100.0 + ASIDE_S) is not None
+
+
+@pytest.mark.parametrize("asks_replicas", [True, False])
+def test_while_the_endpoint_is_away_replicas_say_where_the_new_ones_are(
+    monkeypatch: pytest.MonkeyPatch, asks_replicas: bool
+) -> None:
+    """Replicas a and b are replaced by c, and only they can say so. Not asking them, the control, ends without an answer."""
+    if not asks_replicas:
+        monkeypatch.setattr(DirectLanes, "add", lambda self, urls: None)
+    alive = {"a", "b", "c"}
+    world = World(lambda host, number: (0.1, OK if host in alive else Failed(OSError("refused"))))
+    world.told_by = {host: {"endpoints": [f"http://{host}", "http://c"]} for host in "ab"}
+    lanes = lanes_of("http://a", "http://b")
+    world.now_s += LOOK_INTERVAL_S
+    assert world.run(lanes=lanes) == {"action": 1}
+    alive, world.told_by = {"c"}, {}
+    if asks_replicas:
+        assert world.run(lanes=lanes) == {"action": 1} and world.sends[-1][1].url.startswith("http://c")
+    else:
+        with pytest.raises(ClusterError):
+            world.run(lanes=lanes)
 
 
 def test_a_full_lane_is_waited_for_and_not_set_aside() -> None:
