@@ -130,7 +130,7 @@ class DecisionLog:
         if not self._is_failing:
             return True
         now_s = self._monotonic()
-        if now_s - self._tried_s < RETRY_S or (self._commit is not None and self._commit.is_overdue):
+        if is_left_alone(self._commit, since_s=self._tried_s, now_s=now_s):
             return False
         self._tried_s = now_s
         return True
@@ -227,6 +227,11 @@ class DecisionLog:
 
     def _refusal(self) -> ServiceUnavailable:
         return ServiceUnavailable(f"the decision log cannot be written: {self._last_error}")
+
+
+def is_left_alone(commit: GroupCommit | None, *, since_s: float, now_s: float) -> bool:
+    """Say whether a disk that failed is not to be tried again yet: for `RETRY_S`, and for as long as an fsync hangs."""
+    return now_s - since_s < RETRY_S or (commit is not None and commit.is_overdue)
 
 
 class _Lines(NamedTuple):

@@ -19,7 +19,8 @@ from typing import Any
 import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve_app.direct import MAX_HEADER_BYTES, REQUEST_TIMEOUT_S, Connection, DirectLane
+from serve_app.connection import MAX_HEADER_BYTES, REQUEST_TIMEOUT_S, Connection
+from serve_app.direct import DirectLane
 
 # Beyond the lane's limit, while it is not known yet what they ask for: a full replica whose health checks fail is replaced, and
 # its clients come to the next one.

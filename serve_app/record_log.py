@@ -8,7 +8,7 @@ from pathlib import Path
 from policies.records import SegmentKind
 from serve_app.config import ServingConfig
 from serve_app.decision_log import SegmentWriter
-from serve_app.durable_log import RETRY_S
+from serve_app.durable_log import is_left_alone
 from serve_app.group_commit import GroupCommit
 
 
@@ -28,7 +28,7 @@ class RecordLog:
         Raises `OSError` when they are not, or perhaps not, and `Overloaded` when too many wait for the disk already. A failure
         ends the segment, so the disk is tried once per `RETRY_S` then, and not at all while an fsync hangs.
         """
-        if time.monotonic() - self._failed_s < RETRY_S or (self.commit is not None and self.commit.is_overdue):
+        if is_left_alone(self.commit, since_s=self._failed_s, now_s=time.monotonic()):
             raise self._failure
         try:
             await self._append(lines)

@@ -4,12 +4,12 @@ import asyncio
 import secrets
 import time
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
 from policies.registry import Registry
-from policies.storage import existing_storage
+from policies.storage import Storage, existing_storage
 from policies.telemetry import ReplicaReport
 from policies.trust import TrustStore
 from serve_app import front
@@ -38,26 +38,31 @@ from serve_app.variants import VariantStore
 
 
 class PolicyReplica:
-    """A plain class; `serve_app.app` makes a Serve deployment of it. Loads the plan before it is ready for requests."""
+    """A plain class; `serve_app.app` makes a Serve deployment of it. Loads the plan before it is ready for requests.
+
+    It consists of logs (decisions, feedback, overrides, shadows); of the ingress, which decides, with the variants it decides
+    by; of intakes for what is reported later; and of the front, `api`, with the direct lane beside it.
+    """
 
     def __init__(self, policy: str, storage_root: str, config: dict[str, Any]) -> None:
         log_where_serve_does()  # first: what is loaded below is logged
         settings = ServingConfig(**config)
         storage = existing_storage(storage_root)
+        self._policy = policy
         self._started_at_s = time.time()
         self.name = f"replica-{int(self._started_at_s)}-{secrets.token_hex(4)}"  # new at each start, see SegmentWriter
         self._keys, decision_ids = KeyRing.of(storage), DecisionIds.of(storage)
+        self._counters, self._monitor = Counters(), MonitorLink(policy)
+        self._background: list[asyncio.Task[None]] = []
+
         self._decisions = _decision_log(SegmentWriter(storage.decisions(policy), "decisions", self.name), settings)
         self._feedback = RecordLog(storage.feedback(policy), "feedback", self.name, settings=settings)
         self._overrides = RecordLog(storage.overrides(policy), "overrides", self.name, settings=settings)
         self._shadows = SegmentWriter(storage.shadows(policy), "shadows", self.name)
-        self._shadowing = Shadowing(self._shadows, wall_clock=time.time)
+
         self._recall = Recall(storage.decisions(policy), self.name)
-        self._counters = Counters()
-        trust = TrustStore(storage.trust) if settings.require_signature else None
-        self._variants = VariantStore(Registry(storage.registry(policy), trust=trust), engine=settings.engine)
-        self._monitor = MonitorLink(policy)
-        self._background: list[asyncio.Task[None]] = []
+        self._shadowing = Shadowing(self._shadows, wall_clock=time.time)
+        self._variants = _variants(storage, policy, settings)
         self._ingress = Ingress(
             policy,
             decision_ids=decision_ids,
@@ -67,38 +72,11 @@ class PolicyReplica:
             shadowing=self._shadowing,
             config=settings,
         )
-        feedback = FeedbackIntake(decision_ids=decision_ids, log=self._feedback, config=settings)
-        overrides = OverrideIntake(decision_ids=decision_ids, log=self._overrides, max_body_bytes=settings.max_body_bytes)
-        local = LocalDecisions(
-            policy,
-            decision_ids=decision_ids,
-            variants=self._variants,
-            registry=Registry(storage.registry(policy)),
-            log=self._decisions,
-            config=settings,
-        )
         self._variants.check = self._ingress.decider.ladder.check
         self._variants.refresh(now=time.monotonic())
-        self.api = HttpApi(
-            policy,
-            ingress=self._ingress,
-            feedback=feedback,
-            status=StatusView(policy, self._variants, self._monitor.status, self.report),
-            variants=self._variants,
-            keys=self._keys,
-            counters=self._counters,
-            files=read_static_files(),
-            overrides=overrides,
-            local=local,
-            metrics=ReplicaMetrics(lambda: self._reading(policy, feedback, overrides, local)),
-            open_inference=OpenInference(
-                policy, self._ingress, version=version("trimtab"), max_body_bytes=settings.max_body_bytes
-            ),
-            own_endpoint=lambda: self._endpoint,
-            start=self._start,
-            stop=self._stop,
-        )
 
+        self._intakes = self._make_intakes(Registry(storage.registry(policy)), decision_ids, settings)
+        self.api = self._make_api(settings)
         self._direct = DirectLane(self.api, self._ingress, max_body_bytes=settings.max_body_bytes)
         self._endpoint: str | None = None
         self._host = settings.host if settings.direct_lane else None
@@ -138,9 +116,43 @@ class PolicyReplica:
             log=self._decisions.status(),
         )
 
-    def _reading(self, policy: str, feedback: FeedbackIntake, overrides: OverrideIntake, local: LocalDecisions) -> Reading:
+    def _make_intakes(self, registry: Registry, decision_ids: DecisionIds, settings: ServingConfig) -> "_Intakes":
+        return _Intakes(
+            FeedbackIntake(decision_ids=decision_ids, log=self._feedback, config=settings),
+            OverrideIntake(decision_ids=decision_ids, log=self._overrides, max_body_bytes=settings.max_body_bytes),
+            LocalDecisions(
+                self._policy,
+                decision_ids=decision_ids,
+                variants=self._variants,
+                registry=registry,
+                log=self._decisions,
+                config=settings,
+            ),
+        )
+
+    def _make_api(self, settings: ServingConfig) -> HttpApi:
+        protocol = OpenInference(self._policy, self._ingress, version=version("trimtab"), max_body_bytes=settings.max_body_bytes)
+        return HttpApi(
+            self._policy,
+            ingress=self._ingress,
+            feedback=self._intakes.feedback,
+            status=StatusView(self._policy, self._variants, self._monitor.status, self.report),
+            variants=self._variants,
+            keys=self._keys,
+            counters=self._counters,
+            files=read_static_files(),
+            overrides=self._intakes.overrides,
+            local=self._intakes.local,
+            metrics=ReplicaMetrics(self._reading),
+            open_inference=protocol,
+            own_endpoint=lambda: self._endpoint,
+            start=self._start,
+            stop=self._stop,
+        )
+
+    def _reading(self) -> Reading:
         return Reading(
-            policy=policy,
+            policy=self._policy,
             build=version("trimtab"),
             report=self.report(),
             totals=self._ingress.tally.totals(),
@@ -153,9 +165,9 @@ class PolicyReplica:
                 "overrides": self._overrides.writer,
                 "shadows": self._shadows,
             },
-            num_feedbacks=feedback.num_accepted,
-            num_overrides=overrides.num_accepted,
-            num_local_decisions=local.num_accepted,
+            num_feedbacks=self._intakes.feedback.num_accepted,
+            num_overrides=self._intakes.overrides.num_accepted,
+            num_local_decisions=self._intakes.local.num_accepted,
         )
 
     async def _start(self) -> None:
@@ -191,6 +203,19 @@ class PolicyReplica:
         self._shadows.close()
 
 
+class _Intakes(NamedTuple):
+    """They take what is reported later, or was decided elsewhere."""
+
+    feedback: FeedbackIntake
+    overrides: OverrideIntake
+    local: LocalDecisions
+
+
 def _decision_log(writer: SegmentWriter, settings: ServingConfig) -> DecisionLog:
     commit = GroupCommit(writer, timeout_s=settings.log_timeout_s) if settings.durability == "fsync" else None
     return DecisionLog(writer, on_failure=settings.on_log_failure, timeout_s=settings.log_timeout_s, commit=commit)
+
+
+def _variants(storage: Storage, policy: str, settings: ServingConfig) -> VariantStore:
+    trust = TrustStore(storage.trust) if settings.require_signature else None
+    return VariantStore(Registry(storage.registry(policy), trust=trust), engine=settings.engine)

@@ -16,8 +16,9 @@ import aiohttp
 import pytest
 
 from policies.storage import Storage, open_storage
-from serve_app import direct, local_decisions
+from serve_app import local_decisions
 from serve_app.asgi import Request, Response
+from serve_app.connection import MAX_PIPELINED, PARSE_BYTES
 from serve_app.decision_ids import DecisionIds
 from serve_app.http_api import Route
 from serve_app.replica import PolicyReplica
@@ -166,13 +167,13 @@ def test_pipelined_requests_are_answered_in_their_order(storage: Storage) -> Non
     assert len(logged(storage)) == sum(n % 3 > 0 for n in range(200))
 
 
-@pytest.mark.parametrize("parse_bytes", [direct.PARSE_BYTES, 1 << 20])
+@pytest.mark.parametrize("parse_bytes", [PARSE_BYTES, 1 << 20])
 def test_one_packet_of_requests_is_taken_in_as_they_are_answered(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, parse_bytes: int
 ) -> None:
     """5,000 requests fit into one read. Negative control: where all that came is parsed, all of them wait in memory."""
-    bounded = direct.MAX_PIPELINED + direct.PARSE_BYTES // len(b"GET / HTTP/1.1\r\n\r\n") + 1
-    monkeypatch.setattr(direct, "PARSE_BYTES", parse_bytes)
+    bounded = MAX_PIPELINED + PARSE_BYTES // len(b"GET / HTTP/1.1\r\n\r\n") + 1
+    monkeypatch.setattr("serve_app.connection.PARSE_BYTES", parse_bytes)
     request, num_requests, num_waiting = b"GET /page HTTP/1.1\r\n\r\n", 5000, []
 
     async def scenario(replica: PolicyReplica, port: int) -> None:
@@ -355,8 +356,8 @@ def test_requests_that_wait_behind_unread_answers_are_not_answered_once_their_ke
 
 
 def test_an_answer_that_nobody_reads_does_not_keep_its_connection(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("IDLE_TIMEOUT_S", "CLOSE_TIMEOUT_S", "SWEEP_INTERVAL_S"):
-        monkeypatch.setattr(direct, name, 0.1)
+    for name in ("connection.IDLE_TIMEOUT_S", "connection.CLOSE_TIMEOUT_S", "direct.SWEEP_INTERVAL_S"):
+        monkeypatch.setattr(f"serve_app.{name}", 0.1)
 
     async def scenario(replica: PolicyReplica, port: int) -> None:
         replica.api.routes["/large"] = Route("GET", (), _large)
@@ -381,7 +382,7 @@ def test_an_answer_that_cannot_be_written_ends_the_connection(storage: Storage, 
     def broken(answer: object) -> bytes:
         raise TypeError("no JSON")
 
-    monkeypatch.setattr(direct, "encode", broken)
+    monkeypatch.setattr("serve_app.connection.encode", broken)
 
     async def scenario(replica: PolicyReplica, port: int) -> bytes:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
@@ -452,9 +453,9 @@ def test_old_clients_and_those_that_ask_first_are_served(storage: Storage) -> No
 
 
 def test_a_request_that_never_ends_and_a_silent_connection_are_closed(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "REQUEST_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(direct, "IDLE_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(direct, "SWEEP_INTERVAL_S", 0.1)
+    monkeypatch.setattr("serve_app.connection.REQUEST_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("serve_app.connection.IDLE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("serve_app.direct.SWEEP_INTERVAL_S", 0.1)
 
     async def scenario(replica: PolicyReplica, port: int) -> tuple[Any, bytes]:
         slow, silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
@@ -579,7 +580,7 @@ async def files_are(replica: PolicyReplica, number: int) -> None:
 
 
 def test_connections_beyond_the_limit_are_told_so(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr("serve_app.direct.MAX_CONNECTIONS", 1)
 
     async def scenario(replica: PolicyReplica, port: int) -> Any:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -612,6 +613,7 @@ def test_stopping_answers_what_was_asked_and_takes_nothing_more(storage: Storage
 
 
 def test_a_refusal_for_a_full_queue_is_held_and_the_connection_goes_on(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold_s = 0.123
     held: list[float] = []
 
     async def scenario(replica: PolicyReplica, port: int) -> None:
@@ -619,7 +621,7 @@ def test_a_refusal_for_a_full_queue_is_held_and_the_connection_goes_on(storage: 
         call_later = loop.call_later
 
         def noted(delay_s: float, callback: Callable[..., None], *arguments: Any) -> asyncio.TimerHandle:
-            held.extend([delay_s] if delay_s == direct.HOLD_REFUSAL_S else [])
+            held.extend([delay_s] if delay_s == hold_s else [])
             return call_later(delay_s, callback, *arguments)
 
         monkeypatch.setattr(loop, "call_later", noted)
@@ -631,5 +633,5 @@ def test_a_refusal_for_a_full_queue_is_held_and_the_connection_goes_on(storage: 
         [(status, _, _)], _ = await exchange(port, full, num_answers=1)
         assert status == 200 and len(held) == len(refused)
 
-    monkeypatch.setattr(direct, "HOLD_REFUSAL_S", 0.123)
+    monkeypatch.setattr("serve_app.connection.HOLD_REFUSAL_S", hold_s)
     run(storage, scenario, max_queue=1)
