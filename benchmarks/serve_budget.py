@@ -22,8 +22,8 @@ from policies.traffic import with_canary
 from serve_app.answers import each
 from serve_app.asks import Ask
 from serve_app.config import ServingConfig
+from serve_app.connection import Connection
 from serve_app.deciding import Decider, Rows
-from serve_app.direct import Connection
 from serve_app.drafts import Moment, answer_of, decision_of
 from serve_app.features import encode as encode_features
 from serve_app.replica import PolicyReplica

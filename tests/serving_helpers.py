@@ -172,8 +172,12 @@ async def call(
 
 
 def replica_of(storage: Storage, **config: Any) -> PolicyReplica:
-    """Return a replica in this process, without Ray, that serves what is published under `NAME`."""
-    return PolicyReplica(NAME, str(storage.root), ServingConfig(**config).model_dump())
+    """Return a replica in this process, without Ray, that serves what is published under `NAME`.
+
+    numpy computes unless a test says otherwise: on a busy machine the trial at load may find another engine faster, and then
+    probabilities have other last bits than a test's own numpy.
+    """
+    return PolicyReplica(NAME, str(storage.root), ServingConfig(**{"engine": "numpy", **config}).model_dump())
 
 
 def decide_all(storage: Storage, replica: PolicyReplica, *bodies: dict[str, Any]) -> list[Reply]:
