@@ -33,6 +33,9 @@ _REFUSALS = {
     503: "nobody can answer now, or the log cannot be written; see Retry-After",
     504: "the request's own deadline_ms was over before its turn came",
 }
+_KEY_REFUSALS = (401, 403, 429)
+_ANYTHING: dict[str, Any] = {"type": "object"}
+_ACCEPTED = {"type": "object", "properties": {"accepted": {"type": "integer"}}, "required": ["accepted"]}
 
 
 def openapi_document(policy: str, spaces: Spaces | None, *, version: str) -> dict[str, Any]:
@@ -91,82 +94,65 @@ def _schemas(spaces: Spaces | None) -> dict[str, Any]:
 
 def _paths(policy: str) -> dict[str, Any]:
     """Return what each path takes and answers."""
+    return _deciding() | _watching() | _local_clients() | _health() | _open_inference(policy)
+
+
+def _deciding() -> dict[str, Any]:
     one_or_many = {"oneOf": [_ref("DecideAnswer"), _ref("DecideManyAnswer")]}
-    feedback = {
-        "oneOf": [
-            _ref("FeedbackRequest"),
-            {"type": "array", "items": _ref("FeedbackRequest"), "minItems": 1, "maxItems": MAX_FEEDBACKS},
-        ]
-    }
-    accepted = _object({"accepted": {"type": "integer"}})
-    anything: dict[str, Any] = {"type": "object"}
-    model = f"/v2/models/{policy}"
+    reward = _ref("FeedbackRequest")
+    rewards = {"oneOf": [reward, {"type": "array", "items": reward, "minItems": 1, "maxItems": MAX_FEEDBACKS}]}
+    refusals = (400, 401, 403, 408, 409, 413, 415, 422, 429, 503, 504)
+    report_refusals = (400, 401, 403, 404, 408, 413, 415, 422, 429, 503)
+    override = _operation("Record that something else was done", "operate", _ACCEPTED, report_refusals, _ref("OverrideRequest"))
     return {
-        "/v1/decide": {
-            "post": _operation(
-                "Decide", "decide", one_or_many, (400, 401, 403, 408, 409, 413, 415, 422, 429, 503, 504), _ref("DecideRequest")
-            )
-        },
-        "/v1/feedback": {
-            "post": _operation(
-                "Report rewards", "feedback", accepted, (400, 401, 403, 404, 408, 413, 415, 422, 429, 503), feedback
-            )
-        },
-        "/v1/decisions/{decision_id}/override": {
-            "post": _operation(
-                "Record that something else was done",
-                "operate",
-                accepted,
-                (400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
-                _ref("OverrideRequest"),
-            ),
-            "parameters": [_path_parameter("decision_id")],
-        },
-        "/v1/status": {"get": _operation("Status of the whole loop", "read", anything, (401, 403, 429))},
-        "/v1/endpoints": {"get": _operation("The replicas' own ports", "decide or read", anything, (401, 403, 429))},
-        "/metrics": {"get": _operation("Metrics in Prometheus' text format", "read", None, (401, 403, 429))},
-        "/v1/plan": {"get": _operation("The traffic plan, for local clients", "decide", anything, (401, 403, 429, 503))},
-        "/v1/bundles/{digest}/{file}": {
-            "get": _operation(
-                "One file of a bundle of the plan, for local clients", "decide", anything, (401, 403, 404, 429, 503)
-            ),
-            "parameters": [_path_parameter("digest"), _path_parameter("file")],
-        },
-        "/v1/decisions": {
-            "post": _operation(
-                "Log decisions that a local client made",
-                "decide",
-                accepted,
-                (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503),
-                {
-                    "type": "object",
-                    "properties": {"decisions": {"type": "array", "items": {"type": "object"}}},
-                    "required": ["decisions"],
-                },
-            )
-        },
-        "/healthz": {"get": _operation("Is this replica alive?", None, anything, ())},
-        "/readyz": {"get": _operation("Can it decide?", None, anything, (503,))},
-        "/v2": {
-            "get": _operation(
-                "Open Inference Protocol: the server", "decide or read", anything, (401, 403, 429), error="ProtocolError"
-            )
-        },
-        model: {
-            "get": _operation(
-                "The policy as a model", "decide or read", anything, (401, 403, 404, 429, 503), error="ProtocolError"
-            )
-        },
-        f"{model}/infer": {
-            "post": _operation(
-                "Decide, as inference",
-                "decide",
-                anything,
-                (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 504),
-                _ref("InferRequest"),
-                error="ProtocolError",
-            )
-        },
+        "/v1/decide": {"post": _operation("Decide", "decide", one_or_many, refusals, _ref("DecideRequest"))},
+        "/v1/feedback": {"post": _operation("Report rewards", "feedback", _ACCEPTED, report_refusals, rewards)},
+        "/v1/decisions/{decision_id}/override": {"post": override, "parameters": [_path_parameter("decision_id")]},
+    }
+
+
+def _watching() -> dict[str, Any]:
+    return {
+        "/v1/status": {"get": _operation("Status of the whole loop", "read", _ANYTHING, _KEY_REFUSALS)},
+        "/v1/endpoints": {"get": _operation("The replicas' own ports", "decide or read", _ANYTHING, _KEY_REFUSALS)},
+        "/metrics": {"get": _operation("Metrics in Prometheus' text format", "read", None, _KEY_REFUSALS)},
+    }
+
+
+def _local_clients() -> dict[str, Any]:
+    plan = _operation("The traffic plan, for local clients", "decide", _ANYTHING, (401, 403, 429, 503))
+    file = _operation("One file of a bundle of the plan, for local clients", "decide", _ANYTHING, (401, 403, 404, 429, 503))
+    log = _operation(
+        "Log decisions that a local client made",
+        "decide",
+        _ACCEPTED,
+        (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503),
+        _object({"decisions": {"type": "array", "items": {"type": "object"}}}),
+    )
+    return {
+        "/v1/plan": {"get": plan},
+        "/v1/bundles/{digest}/{file}": {"get": file, "parameters": [_path_parameter("digest"), _path_parameter("file")]},
+        "/v1/decisions": {"post": log},
+    }
+
+
+def _health() -> dict[str, Any]:
+    return {
+        "/healthz": {"get": _operation("Is this replica alive?", None, _ANYTHING, ())},
+        "/readyz": {"get": _operation("Can it decide?", None, _ANYTHING, (503,))},
+    }
+
+
+def _open_inference(policy: str) -> dict[str, Any]:
+    reads, error = "decide or read", "ProtocolError"
+    server = _operation("Open Inference Protocol: the server", reads, _ANYTHING, _KEY_REFUSALS, error=error)
+    model = _operation("The policy as a model", reads, _ANYTHING, (401, 403, 404, 429, 503), error=error)
+    refusals = (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 504)
+    infer = _operation("Decide, as inference", "decide", _ANYTHING, refusals, _ref("InferRequest"), error=error)
+    return {
+        "/v2": {"get": server},
+        f"/v2/models/{policy}": {"get": model},
+        f"/v2/models/{policy}/infer": {"post": infer},
     }
 
 

@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from serve_app.config import ServingConfig
+from policies.storage import existing_storage
 from serve_app.durable_log import DecisionLog, Moved, Then
 from serve_app.recall import Recall
-from serve_app.replica import PolicyReplica
-from tests.serving_helpers import NAME
+from tests.serving_helpers import replica_of
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
 
 
 async def _live(storage_root: Path, port: int) -> None:
-    replica = PolicyReplica(NAME, str(storage_root), ServingConfig().model_dump())
+    replica = replica_of(existing_storage(storage_root))
     following = asyncio.create_task(replica._variants.follow())
     await replica._direct.start("127.0.0.1", port)
     print("began", os.getpid(), replica.name, flush=True)

@@ -180,13 +180,16 @@ def replica_of(storage: Storage, **config: Any) -> PolicyReplica:
     return PolicyReplica(NAME, str(storage.root), ServingConfig(**{"engine": "numpy", **config}).model_dump())
 
 
+async def decide_one(storage: Storage, replica: PolicyReplica, body: dict[str, Any]) -> Reply:
+    """Send one request for a decision, or for many."""
+    return await call(replica.api, "POST", "/v1/decide", json.dumps(body).encode(), key=storage.api_key_file.read_text())
+
+
 def decide_all(storage: Storage, replica: PolicyReplica, *bodies: dict[str, Any]) -> list[Reply]:
     """Send requests so that they arrive in one turn of the loop, and so in one batch."""
-    key = storage.api_key_file.read_text()
 
     async def run() -> list[Reply]:
-        calls = [call(replica.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key) for body in bodies]
-        return await asyncio.gather(*calls)
+        return await asyncio.gather(*(decide_one(storage, replica, body) for body in bodies))
 
     return asyncio.run(run())
 

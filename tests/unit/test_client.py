@@ -12,11 +12,9 @@ import pytest
 from policies.errors import ClusterError, Forbidden, RequestInvalid, Unauthorized
 from policies.storage import open_storage
 from serve_app.asgi import Request, Response
-from serve_app.config import ServingConfig
 from serve_app.http_api import Route
 from serve_app.keys import ApiKey
-from serve_app.replica import PolicyReplica
-from tests.serving_helpers import NAME, publish, random_policy
+from tests.serving_helpers import publish, random_policy, replica_of
 from trimtab.client import Client
 from trimtab.lanes import ASIDE_S, LOOK_INTERVAL_S, DirectLanes
 
@@ -65,8 +63,7 @@ class Replicas:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
-        settings = ServingConfig().model_dump()
-        self.endpoint, self.other = (PolicyReplica(NAME, str(storage.root), settings) for _ in range(2))
+        self.endpoint, self.other = (replica_of(storage) for _ in range(2))
         self.url, other_url = (f"http://127.0.0.1:{self.run(r._direct.start('127.0.0.1'))}" for r in (self.endpoint, self.other))
         self.endpoint._endpoint = other_url  # what GET /v1/endpoints says
 

@@ -25,8 +25,8 @@ from serve_app.openapi import openapi_document
 from serve_app.replica import PolicyReplica
 from serve_app.status import StatusView
 from serve_app.variants import VariantStore
-from tests.serving_helpers import NAME, publish, random_policy
 from tests.serving_helpers import call as send
+from tests.serving_helpers import publish, random_policy, replica_of
 
 ROOT = Path(__file__).parents[2]
 SERVED_BY = ("policies", "actors", "serve_app")
@@ -249,7 +249,7 @@ def described_metrics(text: str) -> dict[str, tuple[str, str]]:
 def test_every_metric_is_described_with_its_type_and_labels(tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "storage")
     publish(storage, random_policy(1))
-    replica = PolicyReplica(NAME, str(storage.root), ServingConfig().model_dump())
+    replica = replica_of(storage)
     body, key = b'{"observation":[0,0,0,0]}', storage.api_keys.owner_key()
     assert asyncio.run(send(replica.api, "POST", "/v1/decide", body, key=key)).status == 200
     text, shown = read("operations.md"), metrics_of(replica)

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import json
 import logging
 import sys
 from pathlib import Path
@@ -13,22 +12,20 @@ import numpy as np
 import pytest
 
 from policies import onnx_engine
+from policies.bundle import Bundle
 from policies.distributions import Categorical
 from policies.errors import ConfigError, IntegrityError
-from policies.log_reader import LogTail
 from policies.onnx_engine import OnnxEngine, installed_name
-from policies.records import Decision
 from policies.registry import Registry
 from policies.sealed_segments import SealedFile
 from policies.sealing import seal
 from policies.storage import Storage, open_storage
 from serve_app import engines
-from serve_app.config import ServingConfig
 from serve_app.engines import MAX_ROUNDS, choose, engine_for, measure, require_independent_rows
 from serve_app.replica import PolicyReplica
 from serve_app.variants import VariantStore
 from tests.bundles import make_bundle, make_policy
-from tests.serving_helpers import NAME, Reply, call, publish, random_policy, read_new, release
+from tests.serving_helpers import NAME, decide_all, logged, publish, random_policy, release, replica_of
 from trimtab.replay import replay
 
 OTHER = "onnxruntime==1"
@@ -85,6 +82,14 @@ def test_measuring_takes_the_least_of_each_and_ends_in_time() -> None:
 # --- what is refused ---
 
 
+def require_refused(bundle: Bundle, caplog: pytest.LogCaptureFixture, *, reason: str, error: str) -> None:
+    """Left to choose, a replica serves with numpy and logs why; who asked for ONNX Runtime is told why there is none."""
+    assert engine_for(1, bundle, "auto") is None
+    assert "event=engine_refused version=1" in caplog.text and reason in caplog.text
+    with pytest.raises(IntegrityError, match=rf"serving.engine is onnxruntime, and {error}"):
+        engine_for(1, bundle, "onnxruntime")
+
+
 def test_a_graph_that_computes_something_else_is_not_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,10 +97,7 @@ def test_a_graph_that_computes_something_else_is_not_chosen(
     always_other(monkeypatch)
     assert engine_for(1, bundle, "auto") is not None
     monkeypatch.setitem(onnx_engine.OPERATORS, "tanh", "Relu")
-    assert engine_for(1, bundle, "auto") is None
-    assert "event=engine_refused version=1" in caplog.text and "golden" in caplog.text
-    with pytest.raises(IntegrityError, match=r"serving.engine is onnxruntime, and .*golden vectors.*set it to numpy"):
-        engine_for(1, bundle, "onnxruntime")
+    require_refused(bundle, caplog, reason="golden", error=".*golden vectors.*set it to numpy")
 
 
 def test_an_engine_whose_rows_depend_on_their_batch_is_not_chosen(
@@ -153,10 +155,7 @@ def test_where_its_package_cannot_be_imported_numpy_serves_and_the_log_says_so(
 ) -> None:
     bundle = make_bundle(tmp_path, make_policy(1))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # importing it raises ImportError, whatever is installed
-    assert engine_for(1, bundle, "auto") is None
-    assert "event=engine_refused version=1" in caplog.text and "onnxruntime" in caplog.text
-    with pytest.raises(IntegrityError, match=r"serving.engine is onnxruntime, and ONNX Runtime failed.*numpy"):
-        engine_for(1, bundle, "onnxruntime")
+    require_refused(bundle, caplog, reason="onnxruntime", error="ONNX Runtime failed.*numpy")
 
 
 def test_the_choice_is_logged_with_its_figures(
@@ -192,21 +191,11 @@ def storage(tmp_path: Path) -> Storage:
     return storage
 
 
-def decide(storage: Storage, engine: str, *bodies: dict[str, Any]) -> tuple[PolicyReplica, list[Reply]]:
-    replica = PolicyReplica(NAME, str(storage.root), ServingConfig(engine=engine).model_dump())
-    key = storage.api_key_file.read_text()
-
-    async def run() -> list[Reply]:
-        calls = [call(replica.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key) for body in bodies]
-        return await asyncio.gather(*calls)
-
-    replies = asyncio.run(run())
-    assert [reply.status for reply in replies] == [200] * len(bodies)
-    return replica, replies
-
-
-def logged(storage: Storage) -> list[Decision]:
-    return read_new(LogTail(storage.decisions(NAME), Decision))
+def decide(storage: Storage, engine: str, *bodies: dict[str, Any]) -> PolicyReplica:
+    """Have a replica with this engine answer all requests, and return it."""
+    replica = replica_of(storage, engine=engine)
+    assert [reply.status for reply in decide_all(storage, replica, *bodies)] == [200] * len(bodies)
+    return replica
 
 
 def observations(num: int) -> list[list[float]]:
@@ -266,19 +255,19 @@ def test_a_replay_without_that_engine_says_what_to_install(storage: Storage, mon
 
 
 def test_lines_of_numpy_name_no_engine(storage: Storage) -> None:
-    replica, _ = decide(storage, "numpy", *bodies(2))
+    replica = decide(storage, "numpy", *bodies(2))
     assert [decision.engines for decision in logged(storage)] == [None] * 4
     assert replica.report().engines == {1: "numpy", 2: "numpy"}
 
 
 def test_the_engines_are_in_the_report_and_in_the_short_status(storage: Storage) -> None:
-    replica, _ = decide(storage, "onnxruntime", {"observation": observations(1)[0]})
+    replica = decide(storage, "onnxruntime", {"observation": observations(1)[0]})
     assert replica.report().engines == {1: installed_name(), 2: installed_name()}
     assert asyncio.run(replica.api._status.read())["engines"] == {1: installed_name(), 2: installed_name()}
 
 
 def test_engines_survive_sealing(storage: Storage) -> None:
-    replica, _ = decide(storage, "onnxruntime", *bodies())
+    replica = decide(storage, "onnxruntime", *bodies())
     before = logged(storage)
     asyncio.run(replica._stop())
     [segment] = storage.decisions(NAME).glob("*.jsonl")

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import json
 import os
 import threading
 from pathlib import Path
@@ -26,8 +25,8 @@ from serve_app.variants import Variant
 from tests.serving_helpers import (
     NAME,
     Reply,
-    call,
     decide_all,
+    decide_one,
     logged,
     observations,
     publish,
@@ -179,7 +178,6 @@ def test_with_fsync_no_answer_leaves_before_the_disk_has_its_decision(storage: S
     replica, gate, num_flushes = replica_of(storage, durability="fsync"), threading.Event(), 0
     commit = replica._decisions._commit
     assert commit is not None
-    key = storage.api_key_file.read_text()
 
     def slow(descriptor: int) -> None:
         nonlocal num_flushes
@@ -193,7 +191,7 @@ def test_with_fsync_no_answer_leaves_before_the_disk_has_its_decision(storage: S
         async with asyncio.timeout(20):
             calls = []
             for _ in range(10):
-                calls.append(asyncio.create_task(call(replica.api, "POST", "/v1/decide", b'{"observation":[0,0,0,0]}', key=key)))
+                calls.append(asyncio.create_task(decide_one(storage, replica, {"observation": [0, 0, 0, 0]})))
                 await asyncio.sleep(0.01)
             assert not any(task.done() for task in calls) and len(logged(storage)) == 10, "written, and not answered"
             gate.set()
@@ -207,7 +205,7 @@ def test_with_fsync_no_answer_leaves_before_the_disk_has_its_decision(storage: S
 
 @pytest.mark.parametrize("durability", ["write", "fsync"])
 def test_repetitions_that_come_while_the_first_is_being_flushed_are_one_decision(storage: Storage, durability: str) -> None:
-    replica, key, gate = replica_of(storage, durability=durability), storage.api_key_file.read_text(), threading.Event()
+    replica, gate = replica_of(storage, durability=durability), threading.Event()
     commit = replica._decisions._commit
     if commit is not None:
         commit._fsync = lambda descriptor: (gate.wait(10), os.fsync(descriptor))[1]
@@ -216,8 +214,8 @@ def test_repetitions_that_come_while_the_first_is_being_flushed_are_one_decision
         async with asyncio.timeout(20):
             calls = []
             for number in range(6):  # some in one batch, some in later ones; the last one has another body
-                body = json.dumps({"observation": [0.1 if number < 5 else 0.2, 0, 0, 0], "request_id": "r"}).encode()
-                calls.append(asyncio.create_task(call(replica.api, "POST", "/v1/decide", body, key=key)))
+                body = {"observation": [0.1 if number < 5 else 0.2, 0, 0, 0], "request_id": "r"}
+                calls.append(asyncio.create_task(decide_one(storage, replica, body)))
                 await asyncio.sleep(0.01 * (number % 2))
             gate.set()
             replies = [await task for task in calls]
@@ -243,18 +241,18 @@ def test_however_many_repeat_a_request_its_logged_line_answers_them_all_at_once(
 
 def test_who_repeats_a_request_that_is_being_flushed_is_sent_elsewhere_when_the_replica_stops(storage: Storage) -> None:
     replica, gate = replica_of(storage, durability="fsync", log_timeout_s=60), threading.Event()
-    commit, key = replica._decisions._commit, storage.api_key_file.read_text()
+    commit = replica._decisions._commit
     assert commit is not None
     commit._fsync = lambda descriptor: (gate.wait(30), os.fsync(descriptor))[1]
-    body = b'{"observation":[0.1,0,0,0],"request_id":"r"}'
+    body = {"observation": [0.1, 0, 0, 0], "request_id": "r"}
 
     async def run() -> tuple[list[int], int, Reply, Reply]:
         async with asyncio.timeout(20):
-            calls = [asyncio.create_task(call(replica.api, "POST", "/v1/decide", body, key=key)) for _ in range(3)]
+            calls = [asyncio.create_task(decide_one(storage, replica, body)) for _ in range(3)]
             await asyncio.sleep(0.05)
             stop = asyncio.create_task(replica._stop())
             repeats = [(await asyncio.wait_for(repeat, 5)).status for repeat in calls[1:]]
-            late = await asyncio.wait_for(call(replica.api, "POST", "/v1/decide", body, key=key), 5)
+            late = await asyncio.wait_for(decide_one(storage, replica, body), 5)
             num_logged = len(logged(storage))
             gate.set()
             await stop

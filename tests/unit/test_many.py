@@ -1,7 +1,6 @@
 """Many observations in one request, and the same request twice: one answer each, logged once."""
 
 import asyncio
-import json
 import os
 import threading
 from pathlib import Path
@@ -23,8 +22,8 @@ from tests.disks import Disk
 from tests.serving_helpers import (
     NAME,
     Reply,
-    call,
     decide_all,
+    decide_one,
     logged,
     observations,
     publish,
@@ -339,7 +338,7 @@ def test_what_is_being_flushed_is_waited_for_and_decided_anew_only_if_that_fails
     publish(storage, random_policy(2))
     release(storage, 2, weights=(1.0,))
     replica = replica_of(storage, durability="fsync")
-    commit, key = replica._decisions._commit, storage.api_key_file.read_text()
+    commit = replica._decisions._commit
     assert commit is not None
     gate, fails = threading.Event(), True
 
@@ -356,7 +355,7 @@ def test_what_is_being_flushed_is_waited_for_and_decided_anew_only_if_that_fails
         bodies = [body, body, {**body, "observation": [0.2, 0, 0, 0]}]
         calls = []
         for each in bodies:  # one batch after the other
-            calls.append(asyncio.create_task(call(replica.api, "POST", "/v1/decide", json.dumps(each).encode(), key=key)))
+            calls.append(asyncio.create_task(decide_one(storage, replica, each)))
             await asyncio.sleep(0.01)
         change(storage, action)
         replica._variants.refresh(now=3.0)
@@ -387,7 +386,6 @@ def test_what_another_replica_has_not_flushed_is_told_once_it_is_on_the_disk(sto
     for replica, disk in ((first, slow), (second, fast)):
         replica._decisions._commit._fsync = disk.fsync
     decision_id = DecisionIds.of(storage).name("a").encode()
-    key = storage.api_key_file.read_text()
 
     async def scenario() -> None:
         slow.can_go_on.clear()
@@ -395,7 +393,7 @@ def test_what_another_replica_has_not_flushed_is_told_once_it_is_on_the_disk(sto
         posts = [(first, body), (second, again)]
         calls = []
         for replica, asked in posts:
-            calls.append(asyncio.create_task(call(replica.api, "POST", "/v1/decide", json.dumps(asked).encode(), key=key)))
+            calls.append(asyncio.create_task(decide_one(storage, replica, asked)))
             await asyncio.sleep(0.05)
         assert not calls[1].done() and decision_id not in fast.after_power_cut(storage.decisions(NAME))
         fast.can_go_on.set()
@@ -404,7 +402,7 @@ def test_what_another_replica_has_not_flushed_is_told_once_it_is_on_the_disk(sto
         flushed = [path for path in storage.decisions(NAME).iterdir() if path.name.startswith(first.name)]
         assert [fast.is_flushed(path) for path in flushed] == [True]
         fast.fails_next = True
-        lost = await call(second.api, "POST", "/v1/decide", json.dumps(body).encode(), key=key)
+        lost = await decide_one(storage, second, body)
         assert lost.status == 503 and "not known to be on the disk" in lost.error
         status = second._decisions.status()
         assert (status["state"], status["num_failures"]) == ("failing", 1)
