@@ -280,6 +280,15 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_links_of_the_readme_lead_somewhere_and_to_every_page() -> None:
+    page = ROOT / "README.md"
+    text = page.read_text()
+    assert not broken_links(page, text)
+    assert broken_links(page, text.replace("docs/clients.md", "docs/client.md")), "negative control"
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert not pages - set(re.findall(r"\]\(([^)\s]+)\)", text))
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_links_lead_somewhere(name: str) -> None:
     page = ROOT / "docs" / name

@@ -87,8 +87,8 @@ def run_training(context: Context, *, run_id: str | None, resume: bool, force: b
 
 def _report_training(context: Context, result: "TrainResult", as_json: bool) -> int:
     text = (
-        f"run {result.run_id}: {result.env_steps:,} env steps in {result.wall_s:.1f} s ({result.env_steps_per_s:,.0f}/s), "
-        f"greedy return {result.evaluation_return_mean:.1f}\n"
+        f"run {result.run_id}: {result.env_steps:,} env steps in {result.wall_s:.1f} s, "
+        f"{result.env_steps_per_s:,.0f}/s in the loop, greedy return {result.evaluation_return_mean:.1f}\n"
         f"checkpoint {result.checkpoint}\nparameters {result.parameters_sha256}"
     )
     output(as_json, result.to_json(), text)
