@@ -256,11 +256,11 @@ class Ingress:
     def _note(self, decided: list[tuple[Rows, Decided]], num_repaired: int, started_s: list[float], snapshot: Snapshot) -> None:
         """Count what has been answered, and have the shadows asked about it."""
         self.tally.add_requests(started_s, time.perf_counter())
+        self.tally.num_repaired += num_repaired
         for rows, answers in decided:
             self.tally.add_answers(answers)
             if snapshot.shadows:
                 self._offer_to_shadows(rows, answers, snapshot)
-        self.tally.num_repaired += num_repaired
 
 
 def _first_of(refusals: dict[int, Any]) -> RequestRefused:

@@ -191,12 +191,13 @@ def _next_base(url: str, lanes: DirectLanes | None, remaining_s: float, now_s: C
         return url
     if lanes.are_old(now_s()):
         lanes.begin_look(now_s())
-        limit_s = min(LOOK_TIMEOUT_S, remaining_s / 3)
+        limit_s = min(LOOK_TIMEOUT_S, remaining_s / 3)  # for both: there must be time left for two ways
+        ends_s = now_s() + limit_s
         told = _endpoints((yield Send("GET", f"{url}/v1/endpoints", None, limit_s, limit_s)))
         if told is not None:
             lanes.replace(told, now_s=now_s())
-        elif (lane := lanes.next(now_s())) is not None:
-            lanes.add(_endpoints((yield Send("GET", f"{lane}/v1/endpoints", None, limit_s, limit_s))) or [])
+        elif (left_s := ends_s - now_s()) > LEAST_TIMEOUT_S and (lane := lanes.next(now_s())) is not None:
+            lanes.add(_endpoints((yield Send("GET", f"{lane}/v1/endpoints", None, left_s, left_s))) or [])
     return lanes.next(now_s()) or url
 
 

@@ -39,6 +39,7 @@ class World:
         self.pauses: list[float] = []
         self._answers = answers
         self.told_by: dict[str, dict[str, list[str]]] = {}  # what a host says where replicas are; others do not answer that
+        self.look_s = 0.0  # after how long they do not
 
     def run(self, call: Call = ONE, *, timeout_s: float = 5.0, lanes: DirectLanes | None = None, seed: int = 0) -> object:
         steps = exchange(call, url=URL, lanes=lanes, timeout_s=timeout_s, now_s=lambda: self.now_s, rng=random.Random(seed))
@@ -58,6 +59,7 @@ class World:
         host = step.url.removeprefix("http://").partition("/")[0]
         if step.url.endswith("/v1/endpoints"):
             told = self.told_by.get(host)
+            self.now_s += 0.0 if told else min(self.look_s, step.timeout_s)
             return Failed(OSError("nobody says where replicas are")) if told is None else Answered(200, json.dumps(told).encode())
         self.sends.append((self.now_s, step))
         latency_s, outcome = self._answers(host, len(self.sends) - 1)
@@ -188,6 +190,15 @@ def test_a_full_lane_is_waited_for_and_not_set_aside() -> None:
     world = World(lambda host, number: (0.0, OK if number else Answered(429, b"{}")))
     assert world.run(lanes=lanes) == {"action": 1}
     assert [send.url for _, send in world.sends] == ["http://a/v1/decide"] * 2 and len(world.pauses) == 1
+
+
+@pytest.mark.parametrize("timeout_s", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("look_s", [0.0, 60.0])
+def test_a_frozen_replica_that_is_also_asked_for_the_others_leaves_time_for_the_endpoint(timeout_s: float, look_s: float) -> None:
+    world = World(lambda host, number: (60.0, OK) if host == "a" else (0.05, OK))
+    world.look_s, lanes = look_s, lanes_of("http://a")
+    world.now_s += LOOK_INTERVAL_S
+    assert world.run(lanes=lanes, timeout_s=timeout_s) == {"action": 1}
 
 
 def test_a_frozen_lane_leaves_two_thirds_of_the_time() -> None:
