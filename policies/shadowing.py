@@ -28,10 +28,11 @@ def shadow_records(
     if not is_usable_B.all():
         failure = f"version {version} gave NaN"
         records = [failed_shadow(name, failure=failure, **what) for name in decision_ids]
-        for row in np.flatnonzero(is_usable_B):
-            one = slice(row, row + 1)
-            columns = (decision_ids[one], seeds[one], sent_actions[one], parameters_BP[one])
-            records[one] = shadow_records(*columns, distribution=distribution, **what)
+        usable = np.flatnonzero(is_usable_B).tolist()
+        columns = ([column[row] for row in usable] for column in (decision_ids, seeds, sent_actions))
+        answered = shadow_records(*columns, parameters_BP[usable], distribution=distribution, **what) if usable else []
+        for row, record in zip(usable, answered):
+            records[row] = record
         return records
     actions, propensities = distribution.choose_many(parameters_BP, mode, seeds)
     sent: Iterable[float | None] = itertools.repeat(None)

@@ -103,7 +103,7 @@ Decided = Answers | list[Answer | ServiceUnavailable]
 
 def each(decided: Decided) -> list[Answer | ServiceUnavailable]:
     """Return an answer per row, or why there is none."""
-    return list(decided.each()) if isinstance(decided, Answers) else decided
+    return decided.each() if isinstance(decided, Answers) else decided
 
 
 def sorted_out(decided: Decided) -> tuple[Answers | None, dict[int, ServiceUnavailable]]:

@@ -134,7 +134,7 @@ class KeyedHash:
         return outer.hexdigest()[:_TAG_HEX_DIGITS]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _indices(num: int) -> tuple[str, ...]:
     return tuple(map(str, range(num)))
 

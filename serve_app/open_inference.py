@@ -150,10 +150,13 @@ class OpenInference:
 def _columns_of(result: Columns | DecideManyAnswer) -> dict[str, list[Any]]:
     """Return the outputs; raises `RequestInvalid` where one of the request's decisions was refused."""
     if isinstance(result, Columns):
-        ids, answers, num = result.decision_ids, result.answers, len(result.decision_ids)
-        found = {"decision_id": ids, "action": answers.actions, "propensity": answers.propensities}
-        texts = {"arm": answers.arms, "version": answers.versions, "fallback": answers.fallbacks, "repair": result.repairs}
-        found |= {name: column if isinstance(column, list) else [column] * num for name, column in texts.items()}
+        answers = result.answers
+        found: dict[str, Any] = {
+            "decision_id": result.decision_ids,
+            "action": answers.actions,
+            "propensity": answers.propensities,
+        }
+        found |= {"arm": answers.arms, "version": answers.versions, "fallback": answers.fallbacks, "repair": result.repairs}
     else:
         rows: list[Any] = result.decisions
         failed = next((row for row in rows if not hasattr(row, "action")), None)
@@ -161,8 +164,9 @@ def _columns_of(result: Columns | DecideManyAnswer) -> dict[str, list[Any]]:
             raise RequestInvalid(failed.error.message, failed.error.status)
         names = ("decision_id", "action", "propensity", "arm", "version", "fallback", "repair")
         found = {name: [getattr(row, name) for row in rows] for name in names}
-    texts = {name: [text or "" for text in found[name]] for name in ("fallback", "repair") if any(found[name])}
-    return found | {"fallback": [""] * len(found["action"]), "repair": [""] * len(found["action"])} | texts
+    num = len(found["decision_id"])
+    told = {name: column if isinstance(column, list) else [column] * num for name, column in found.items()}
+    return told | {name: [text or "" for text in told[name]] for name in ("fallback", "repair")}
 
 
 def _parts(path: str) -> tuple[str, str | None, str]:

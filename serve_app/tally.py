@@ -9,9 +9,8 @@ import numpy as np
 from policies.telemetry import LATENCY_BUCKETS_S
 from serve_app.answers import Answer, Answers, Decided, per_row
 
-MAX_NOTED = (
-    1024  # answers and times; counted one at a time they cost three times as much, and more of them at once hold the loop up
-)
+# Answers and times: counted one at a time they cost three times as much, and more of them at once hold the loop up.
+MAX_NOTED = 1024
 
 Kind = tuple[str, int, str, str | None]  # arm, version, rung, shield
 

@@ -12,7 +12,7 @@ from policies.storage import Storage, open_storage
 from serve_app.answers import Answer, Answers, each, sorted_out
 from serve_app.decision_ids import DecisionIds
 from serve_app.tensors_http import _text_items
-from tests.serving_helpers import decide_all, logged, observations, publish, random_policy, release, replica_of
+from tests.serving_helpers import NAME, decide_all, logged, observations, publish, random_policy, release, replica_of
 
 ROW = Answer("champion", 1, "digest-1", "sample", 7, 0, 0.25, 0.5, "arm", None, None, None)
 OTHER = ROW._replace(arm="canary", version=2, digest="digest-2", mode="greedy", seed=8, action=[1, 2], propensity=1.0)
@@ -85,7 +85,7 @@ def test_without_units_each_of_many_is_a_unit_of_its_own_and_the_log_says_so_onc
     assert len(set(units)) == 82 and {decision.arm for decision in decisions[:40]} == {"canary", "champion"}
     told = [(row["decision_id"], row["arm"]) for reply in (named, unnamed, own) for row in reply.json()["decisions"]]
     assert told == [(decision.decision_id, decision.arm) for decision in decisions]
-    lines = [line for path in storage.decisions("demo").glob("*.jsonl") for line in path.read_bytes().splitlines()[1:]]
+    lines = [line for path in storage.decisions(NAME).glob("*.jsonl") for line in path.read_bytes().splitlines()[1:]]
     assert [msgspec.json.decode(line, type=DecisionBatch).unit_ids for line in lines] == [None] * 3
 
 
