@@ -55,15 +55,15 @@ class Answers(NamedTuple):
             list(column) for column in zip(*answers)
         )
         return cls(
-            _same(arms),
-            _same(versions),
+            same(arms),
+            same(versions),
             dict(zip(versions, digests)),
-            _same(modes),
+            same(modes),
             seeds,
             actions,
             propensities,
             mixtures,
-            _same(rungs),
+            same(rungs),
             fallbacks if any([value is not None for value in fallbacks]) else None,
             shields if any([value is not None for value in shields]) else None,
             parameters if any([value is not None for value in parameters]) else None,
@@ -130,6 +130,6 @@ def if_learnable(answer: Answer) -> Answer | ServiceUnavailable:
     )
 
 
-def _same(values: list[Any]) -> Any:
+def same(values: list[Any]) -> Any:
     """Return the one value that all are, or else the list."""
     return values[0] if len(set(values)) == 1 else values

@@ -98,6 +98,11 @@ class ManyAsk(NamedTuple):
         return (self.batch_id,) if self.batch_id else self.decision_ids
 
 
+def chosen(values: list[Any], rows: Sequence[int]) -> list[Any]:
+    """Return the items of these rows of a request for many; the list itself where that is all of them."""
+    return values if len(rows) == len(values) else [values[row] for row in rows]
+
+
 class AskReader:
     """Reads bodies. A policy of one Box has a decoder of its own, which knows that every item must be a number."""
 

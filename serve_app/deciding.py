@@ -18,7 +18,7 @@ from policies.distributions import Categorical, Mode, Propensity, mixed
 from policies.errors import ServiceUnavailable
 from policies.records import unit_id_of
 from policies.traffic import Arm, assign, assign_many
-from serve_app.answers import Answer, Answers, Decided, if_learnable, per_row, put_together
+from serve_app.answers import Answer, Answers, Decided, if_learnable, per_row, put_together, same
 from serve_app.breaker import Breaker
 from serve_app.config import ServingConfig
 from serve_app.rungs import Ladder, Row, Walk, versions_of
@@ -212,10 +212,11 @@ def _drawn(arms: Arm | list[Arm], snapshot: Snapshot, parameters: dict[int, np.n
         variant, own_BP = snapshot.variants[arms.version], parameters[arms.version]
         digests = {variant.version: variant.digest}
     else:
-        names, versions = [arm.name for arm in arms], [arm.version for arm in arms]
+        names, versions = same([arm.name for arm in arms]), [arm.version for arm in arms]
         variant = snapshot.variants[versions[0]]
         own_BP = _of_each(versions, parameters)
         digests = {version: snapshot.variants[version].digest for version in set(versions)}
+        versions = same(versions)
     actions, propensities = variant.policy.distribution.choose_many(own_BP, variant.mode, seeds)
     mixtures = None if len(snapshot.plan.arms) == 1 else _mixtures(actions, snapshot, parameters)
     return Answers(names, versions, digests, variant.mode, seeds, actions, propensities, mixtures)

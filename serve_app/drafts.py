@@ -15,7 +15,7 @@ from policies.records import Decision, DecisionBatch, unit_id_of
 from policies.spaces import Spaces
 from policies.traffic import TrafficPlan
 from serve_app.answers import Answer, Answers, per_row
-from serve_app.asks import Ask, ManyAsk
+from serve_app.asks import Ask, ManyAsk, chosen
 from serve_app.features import Encoded
 from serve_app.wire import DecideAnswer, DecideFailure, Explanation, Failure
 
@@ -85,10 +85,10 @@ def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: Answe
     """Return the log's record of many decisions. `rows` are their places among those that were asked for."""
     return DecisionBatch(
         batch_id=ask.batch_id,
-        decision_ids=_chosen(ask.decision_ids, rows),
+        decision_ids=chosen(ask.decision_ids, rows),
         time_s=at.wall_s,
-        unit_ids=_chosen(ask.unit_ids, rows) if isinstance(ask.unit_ids, list) else ask.unit_ids,
-        episode_ids=None if ask.episode_ids is None else _chosen(ask.episode_ids, rows),
+        unit_ids=chosen(ask.unit_ids, rows) if isinstance(ask.unit_ids, list) else ask.unit_ids,
+        episode_ids=None if ask.episode_ids is None else chosen(ask.episode_ids, rows),
         plan=at.plan.number,
         release=at.plan.release,
         arms=answers.arms,
@@ -148,7 +148,7 @@ def told_of_many(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: A
     if ask.states is not None:
         states = [None if ask.states[row] is None else history.state_after(encoded.observations[row]) for row in rows]
     columns = (
-        _chosen(ask.decision_ids, rows),
+        chosen(ask.decision_ids, rows),
         answers.actions,
         itertools.repeat(UNSET),
         per_row(answers.versions),
@@ -251,10 +251,6 @@ def _observations(ask: ManyAsk, encoded: Encoded, rows: Sequence[int]) -> list[A
 def _places(encoded: Encoded, rows: Sequence[int]) -> list[int]:
     place = {row: index for index, row in enumerate(encoded.rows)}
     return [place[row] for row in rows]
-
-
-def _chosen(values: list[Any], rows: Sequence[int]) -> list[Any]:
-    return values if len(rows) == len(values) else [values[row] for row in rows]
 
 
 def _rungs(answers: Answers) -> list[Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, TrimtabError
 from serve_app.answers import Decided, each, sorted_out
 from serve_app.asgi import Request
-from serve_app.asks import Ask, AskReader, ManyAsk
+from serve_app.asks import Ask, AskReader, ManyAsk, chosen
 from serve_app.batcher import Batcher, Deliver, deliver_each
 from serve_app.config import ServingConfig
 from serve_app.deciding import Decider, Rows
@@ -273,12 +273,11 @@ def _first_of(refusals: dict[int, Any]) -> RequestRefused:
 
 def _rows_of(ask: ManyAsk, encoded: Encoded, keep: Sequence[int], rows: Sequence[int]) -> Rows:
     """Return rows of a request for many, to be decided; `keep` are their places among those that are encoded."""
-    units = ask.unit_ids
-    is_all, keeps_all = len(rows) == ask.num_rows, len(keep) == len(encoded.rows)
+    keeps_all = len(keep) == len(encoded.rows)
     return Rows(
-        ask.decision_ids if is_all else [ask.decision_ids[row] for row in rows],
-        ask.seeds if is_all else [ask.seeds[row] for row in rows],
-        units if is_all or not isinstance(units, list) else [units[row] for row in rows],
+        chosen(ask.decision_ids, rows),
+        chosen(ask.seeds, rows),
+        chosen(ask.unit_ids, rows) if isinstance(ask.unit_ids, list) else ask.unit_ids,
         encoded.obs_BD if keeps_all else encoded.obs_BD[keep],
         encoded.mask_BA if keeps_all or encoded.mask_BA is None else encoded.mask_BA[keep],
         None if ask.mode is None else [ask.mode] * len(rows),
