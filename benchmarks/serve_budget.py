@@ -19,12 +19,11 @@ from typing import Any
 from benchmarks.train_cartpole import commit, machine
 from policies.storage import open_storage
 from policies.traffic import with_canary
-from serve_app.answers import each
-from serve_app.asks import Ask
+from serve_app.asks import Ask, together
 from serve_app.config import ServingConfig
 from serve_app.connection import Connection
 from serve_app.deciding import Decider, Rows
-from serve_app.drafts import Moment, answer_of, decision_of
+from serve_app.drafts import Moment, batch_of, told_of_many
 from serve_app.features import encode as encode_features
 from serve_app.replica import PolicyReplica
 from serve_app.variants import Snapshot
@@ -52,6 +51,16 @@ def budget(replica: PolicyReplica, key: bytes, *, repetitions: int) -> dict[str,
     api_key = replica._keys.recognise(key)
     spaces = snapshot.champion.policy.spaces
     named = BODY[:-1] + b',"request_id":"0123456789abcdef"}'
+
+    def features(asks: list[Any]) -> Any:
+        return encode_features(spaces, [ask.observation for ask in asks], None, is_numbers=True, repair=None)
+
+    def record(asks: list[Any]) -> Any:
+        return batch_of(together(asks), encoded[len(asks)], range(len(asks)), answers[len(asks)], at)
+
+    def told(asks: list[Any]) -> Any:
+        return told_of_many(together(asks), encoded[len(asks)], range(len(asks)), answers[len(asks)], NAME)
+
     asks = [ingress.ask(BODY, api_key, started_s=0.0) for _ in range(BATCH)]
     assert all(isinstance(ask, Ask) for ask in asks)
     canary = snapshot_of(
@@ -59,11 +68,10 @@ def budget(replica: PolicyReplica, key: bytes, *, repetitions: int) -> dict[str,
     )
     shield = Decider(ServingConfig(shield={"low": 0, "high": 1}, fallback={"action": 0}), now_s=lambda: 0.0)
     at = Moment(snapshot.plan, 1.0, 1.0)
-    [answer] = each(ingress.decider.decide(_rows(asks[:1], snapshot), snapshot))
-    decision = decision_of(asks[0], asks[0].observation, None, None, answer, at)
-    told = answer_of(decision, NAME, None, explain=False)
-    line = encode(decision) + b"\n"
-    place = replica._decisions.writer.append(line)
+    encoded = {num: features(asks[:num]) for num in (1, BATCH)}
+    answers = {num: ingress.decider.decide(_rows(asks[:num], snapshot), snapshot) for num in (1, BATCH)}
+    lines = {num: encode(record(asks[:num])) + b"\n" for num in (1, BATCH)}
+    place = replica._decisions.writer.append(lines[1])
 
     def one(step: Callable[[], Any]) -> float:
         return min(timeit.repeat(step, number=500, repeat=repetitions)) / 500 * 1e6
@@ -77,9 +85,6 @@ def budget(replica: PolicyReplica, key: bytes, *, repetitions: int) -> dict[str,
     def same(step: Callable[[], Any]) -> list[float]:
         return [one(step)] * 2
 
-    def features(asks: list[Any]) -> Any:
-        return encode_features(spaces, [ask.observation for ask in asks], None, is_numbers=True, repair=None)
-
     return {
         "key": same(lambda: replica._keys.check(key, "decide")),
         "body to ask, decision id and seed (without a request id)": same(lambda: ingress.ask(BODY, api_key, started_s=0.0)),
@@ -87,19 +92,18 @@ def budget(replica: PolicyReplica, key: bytes, *, repetitions: int) -> dict[str,
         "recall of a named request, one replica": same(lambda: (replica._recall.catch_up(), replica._recall.find("none"))),
         "features": both(features),
         "network and softmax": both(lambda asks: snapshot.champion.distributions(features(asks).obs_BD, None)),
-        "network, draw, propensities": both(lambda asks: each(ingress.decider.decide(_rows(asks, snapshot), snapshot))),
-        "the same with a canary of 50 %": both(lambda asks: each(ingress.decider.decide(_rows(asks, canary), canary))),
+        "network, draw, propensities": both(lambda asks: ingress.decider.decide(_rows(asks, snapshot), snapshot)),
+        "the same with a canary of 50 %": both(lambda asks: ingress.decider.decide(_rows(asks, canary), canary)),
         "the same under a shield, row by row": both(lambda asks: shield.decide(_rows(asks, snapshot), snapshot)),
-        "log record": same(lambda: decision_of(asks[0], asks[0].observation, None, None, answer, at)),
-        "log line as JSON": same(lambda: encode(decision)),
-        "write of the batch's lines": both(lambda asks: replica._decisions.writer.append(line * len(asks))),
+        "log line, with columns of the requests": both(lambda asks: encode(record(asks))),
+        "write of the line": both(lambda asks: replica._decisions.writer.append(lines[len(asks)])),
         "remember a named one": same(lambda: replica._recall.remember(("some-name",), *place)),
-        "answer and its JSON": same(lambda: encode(answer_of(decision, NAME, None, explain=False))),
+        "answers and their JSON, with columns of the requests": both(lambda asks: [encode(answer) for answer in told(asks)]),
         "the whole batch, from asks to answers": both(
             lambda asks: ingress._answer_batch(asks, [lambda result: None] * len(asks))
         ),
-        "answer_bytes": len(encode(told)),
-        "log_line_bytes": len(line),
+        "answer_bytes": len(encode(told(asks)[0])),
+        "log_bytes_per_decision": [len(lines[1]), len(lines[BATCH]) / BATCH],
     }
 
 
@@ -131,19 +135,22 @@ async def lane(replica: PolicyReplica, key: bytes, *, repetitions: int) -> list[
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=40)
-    arguments = parser.parse_args()
+def measured(repetitions: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="serve-budget-") as directory:
         storage = open_storage(Path(directory) / "storage")
         publish(storage, random_policy(1))
         key = b"Bearer " + storage.api_keys.owner_key().encode()
         replica = PolicyReplica(NAME, str(storage.root), ServingConfig().model_dump())
-        steps = budget(replica, key, repetitions=arguments.repetitions)
-        steps["the whole lane, from bytes to bytes (known head)"] = asyncio.run(
-            lane(replica, key, repetitions=arguments.repetitions)
-        )
+        steps = budget(replica, key, repetitions=repetitions)
+        steps["the whole lane, from bytes to bytes (known head)"] = asyncio.run(lane(replica, key, repetitions=repetitions))
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=40)
+    arguments = parser.parse_args()
+    steps = measured(arguments.repetitions)
     for name, values in steps.items():
         print(f"{name:60s}", *(f"{value:8.2f}" for value in values) if isinstance(values, list) else [values])
     result = {"machine": machine(), "commit": commit(), "batch": BATCH, "us_per_decision_alone_and_in_a_batch": steps}

@@ -6,18 +6,21 @@ decisions are sealed to Parquet (`policies.sealing`).
 """
 
 import base64
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
-SCHEMA_VERSION = 2  # 1: without `rung`, `shield`, `assigned` and without batches; still read
+# 1: without `rung`, `shield`, `assigned` and without batches. 2: batches of one request only. Both are still read.
+SCHEMA_VERSION = 3
 BATCH_PREFIX = b'{"batch_id":'  # how a line begins that holds many decisions
 
 
 SegmentKind = Literal["decisions", "feedback", "shadows", "overrides"]
 Rung = Literal["arm", "champion", "previous", "rule", "fixed"]
+Assigned = Literal["plan", "request"]
 
 
 class SegmentHeader(msgspec.Struct, frozen=True):
@@ -65,7 +68,7 @@ class Decision(msgspec.Struct, frozen=True):
     action_mask: list[bool] | None = None
     rung: Rung = "arm"
     shield: str | None = None
-    assigned: Literal["plan", "request"] = "plan"
+    assigned: Assigned = "plan"
     repair: str | None = None
     engines: dict[int, str] | None = None
 
@@ -76,13 +79,14 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class DecisionBatch(msgspec.Struct, frozen=True):
-    """The decisions of one request with many observations, in one line; `rows` are they, each a `Decision` of its own.
+    """Decisions that were made together, in one line; `rows` are they, each a `Decision` of its own.
 
-    A list has an item per decision; what is not a list is the same for all. `observations` is what the request held, a list of
-    JSON values, or of a binary request the float32 numbers as base64 text, with `shape` for one of them.
+    They are those of one request for many, or of the requests for one that a replica answered in one go: a line for each would
+    cost three times as much. A list has an item per decision; what is not a list is the same for all. `observations` is what
+    was sent, a list of JSON values, or of a binary request the float32 numbers as base64 text, with `shape` for one of them.
     """
 
-    batch_id: str  # first: see BATCH_PREFIX
+    batch_id: str  # first: see BATCH_PREFIX. The request's own, empty where it gave each decision one, or where there are several
     decision_ids: list[str]
     time_s: float
     unit_ids: str | list[str] | None  # see `unit_id_of`
@@ -100,43 +104,53 @@ class DecisionBatch(msgspec.Struct, frozen=True):
     propensities: list[float]
     mixture_propensities: list[float] | None
     fallbacks: list[str | None] | None
-    latency_s: float
+    latency_s: float | list[float]
     action_masks: list[list[bool]] | None = None
     rungs: list[Rung] | None = None
     shields: list[str | None] | None = None
-    assigned: Literal["plan", "request"] = "plan"
+    assigned: Assigned | list[Assigned] = "plan"
     repairs: list[str | None] | None = None
     engines: dict[int, str] | None = None  # one for all, as of a `Decision`
 
-    def rows(self) -> Iterator[Decision]:
-        """Return the decisions one by one."""
-        for index, (decision_id, observation) in enumerate(zip(self.decision_ids, self._observations())):
-            version = _item(self.versions, index)
-            yield Decision(
-                decision_id=decision_id,
-                time_s=self.time_s,
-                unit_id=unit_id_of(self.unit_ids, index, decision_id),
-                episode_id=_item(self.episode_ids, index),
-                plan=self.plan,
-                release=self.release,
-                arm=_item(self.arms, index),
-                version=version,
-                digest=self.digests.get(version, ""),
-                observation=observation,
-                action=self.actions[index],
-                mode=_item(self.modes, index),
-                seed=self.seeds[index],
-                propensity=self.propensities[index],
-                mixture_propensity=(self.mixture_propensities or self.propensities)[index],
-                fallback=_item(self.fallbacks, index),
-                latency_s=self.latency_s,
-                action_mask=_item(self.action_masks, index),
-                rung=_item(self.rungs, index) or "arm",
-                shield=_item(self.shields, index),
-                assigned=self.assigned,
-                repair=_item(self.repairs, index),
-                engines=self.engines,
-            )
+    def rows(self) -> list[Decision]:
+        """Return the decisions one by one; raises `ValueError` for columns of different lengths."""
+        columns = (  # in the record's order
+            self.decision_ids,
+            self.time_s,
+            self._units(),
+            self.episode_ids,
+            self.plan,
+            self.release,
+            self.arms,
+            self.versions,
+            self._each_digest(),
+            self._observations(),
+            self.actions,
+            self.modes,
+            self.seeds,
+            self.propensities,
+            self.mixture_propensities or self.propensities,
+            self.fallbacks,
+            self.latency_s,
+            self.action_masks,
+            self.rungs or "arm",
+            self.shields,
+            self.assigned,
+            self.repairs,
+            self.engines,
+        )
+        if any([isinstance(column, list) and len(column) != len(self.decision_ids) for column in columns]):
+            raise ValueError(f"columns of {len(self.decision_ids)} decisions have other lengths")
+        return list(map(Decision, *map(per_row, columns)))
+
+    def _each_digest(self) -> str | list[str]:
+        versions, digests = self.versions, self.digests
+        return [digests.get(version, "") for version in versions] if isinstance(versions, list) else digests.get(versions, "")
+
+    def _units(self) -> str | list[str]:
+        if self.unit_ids is not None:
+            return self.unit_ids
+        return [unit_id_of(None, row, name) for row, name in enumerate(self.decision_ids)]
 
     def _observations(self) -> list[Any]:
         if isinstance(self.observations, list):
@@ -149,11 +163,12 @@ def unit_id_of(unit_ids: str | list[str] | None, row: int, decision_id: str) -> 
     """Return whose decision one of many is. Where nobody said so (None), each is a unit of its own, named as its request."""
     if unit_ids is None:
         return decision_id.rpartition(".")[0]
-    return _item(unit_ids, row)
+    return unit_ids[row] if isinstance(unit_ids, list) else unit_ids
 
 
-def _item(values: Any, index: int) -> Any:
-    return values[index] if isinstance(values, list) else values
+def per_row(column: Any) -> Iterable[Any]:
+    """Return a column's items, without end where all rows have the same."""
+    return column if isinstance(column, list) else itertools.repeat(column)
 
 
 class Shadow(msgspec.Struct, frozen=True):

@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from policies.distributions import Mode
 from policies.errors import ServiceUnavailable
+from policies.records import per_row
 
 
 class Answer(NamedTuple):
@@ -113,11 +114,6 @@ def sorted_out(decided: Decided) -> tuple[Answers | None, dict[int, ServiceUnava
     found = [answer for answer in decided if isinstance(answer, Answer)]
     errors = {row: answer for row, answer in enumerate(decided) if not isinstance(answer, Answer)}
     return Answers.of(found) if found else None, errors
-
-
-def per_row(column: Any) -> Iterable[Any]:
-    """Return a column's items, without end where all rows have the same."""
-    return column if isinstance(column, list) else itertools.repeat(column)
 
 
 def if_learnable(answer: Answer) -> Answer | ServiceUnavailable:

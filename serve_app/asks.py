@@ -1,13 +1,13 @@
 """What a request body asks for: one decision or many, each with its name."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 from msgspec import UNSET, UnsetType
 
-from policies.distributions import seed_of
+from policies.distributions import Mode, seed_of
 from policies.errors import RequestInvalid
 from policies.history import require_history
 from policies.observations import Box
@@ -35,7 +35,7 @@ class Ask(NamedTuple):
     mask: Any
     is_numbers: bool
     is_named: bool
-    mode: Literal["greedy", "sample"] | None
+    mode: Mode | None
     explain: bool
     arm: str | None
     started_s: float
@@ -57,7 +57,7 @@ class Ask(NamedTuple):
 
 
 class ManyAsk(NamedTuple):
-    """Many decisions of one request. What is not a list is the same for all.
+    """Many decisions: of one request, or of requests for one that are answered together. What is no list is the same for all.
 
     `batch_id` is the request's id if the decisions are named after it, else empty. A binary request has `numbers` [N, *shape] in
     place of `observations`. `is_all_or_nothing`: if one of them cannot be decided, none is.
@@ -73,10 +73,10 @@ class ManyAsk(NamedTuple):
     masks: Sequence[Any] | None
     is_numbers: bool
     is_named: bool
-    mode: Literal["greedy", "sample"] | None
-    explain: bool
-    arm: str | None
-    started_s: float
+    mode: Mode | list[Mode | None] | None
+    explain: bool | list[bool]
+    arm: str | list[str | None] | None
+    started_s: float | list[float]
     deadline_s: float
     is_all_or_nothing: bool
     states: Sequence[str | None] | None
@@ -98,9 +98,39 @@ class ManyAsk(NamedTuple):
         return (self.batch_id,) if self.batch_id else self.decision_ids
 
 
-def chosen(values: list[Any], rows: Sequence[int]) -> list[Any]:
-    """Return the items of these rows of a request for many; the list itself where that is all of them."""
-    return values if len(rows) == len(values) else [values[row] for row in rows]
+def together(asks: list[Ask]) -> ManyAsk:
+    """Return requests for one decision each as one for many."""
+    ids, seeds, units, episodes, observations, masks, are_numbers, _, modes, explains, arms, started_s, _, states = map(
+        list, zip(*asks)
+    )
+    return ManyAsk(
+        "",
+        ids,
+        seeds,
+        units,
+        _unless_all_none(episodes),
+        observations,
+        None,
+        _unless_all_none(masks),
+        all(are_numbers),
+        False,  # some may be
+        _unless_all_none(modes),
+        any(explains) and explains,
+        _unless_all_none(arms),
+        started_s,
+        NO_DEADLINE_S,
+        False,
+        _unless_all_none(states),
+    )
+
+
+def chosen(column: Any, rows: Sequence[int]) -> Any:
+    """Return the items of these rows of a request for many; the column itself where that is all of them, or one for all."""
+    return column if not isinstance(column, list) or len(rows) == len(column) else [column[row] for row in rows]
+
+
+def _unless_all_none(values: list[Any]) -> list[Any] | None:
+    return None if values.count(None) == len(values) else values
 
 
 class AskReader:
@@ -193,7 +223,7 @@ class AskReader:
         request_id: str | None = None,
         request_ids: list[str] | None = None,
         states: Sequence[str | None] | None = None,
-        mode: Literal["greedy", "sample"] | None = None,
+        mode: Mode | None = None,
         explain: bool = False,
         arm: str | None = None,
         deadline_ms: float | None = None,

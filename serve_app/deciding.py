@@ -16,9 +16,9 @@ import numpy as np
 
 from policies.distributions import Categorical, Mode, Propensity, mixed
 from policies.errors import ServiceUnavailable
-from policies.records import unit_id_of
+from policies.records import per_row, unit_id_of
 from policies.traffic import Arm, assign, assign_many
-from serve_app.answers import Answer, Answers, Decided, if_learnable, per_row, put_together, same
+from serve_app.answers import Answer, Answers, Decided, if_learnable, put_together, same
 from serve_app.breaker import Breaker
 from serve_app.config import ServingConfig
 from serve_app.rungs import Ladder, Row, Walk, versions_of
@@ -41,6 +41,16 @@ class Rows(NamedTuple):
     modes: list[Mode | None] | None = None
     arms: list[str | None] | None = None
     keeps_distributions: bool = False
+
+    def only(self, rows: list[int]) -> "Rows":
+        """Return these rows."""
+
+        def chosen(column: Any) -> Any:
+            if isinstance(column, list):
+                return [column[row] for row in rows]
+            return column[rows] if isinstance(column, np.ndarray) else column
+
+        return Rows(*map(chosen, self))
 
 
 @dataclass

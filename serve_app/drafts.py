@@ -1,8 +1,8 @@
 """How a decision is written down, and how it is told."""
 
 import base64
-import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,25 +11,40 @@ from msgspec import UNSET, UnsetType
 
 from policies import history
 from policies.errors import RequestConflict, RequestRefused
-from policies.records import Decision, DecisionBatch, unit_id_of
+from policies.records import Assigned, Decision, DecisionBatch, per_row, unit_id_of
 from policies.spaces import Spaces
 from policies.traffic import TrafficPlan
-from serve_app.answers import Answer, Answers, per_row
+from serve_app.answers import Answer, Answers
 from serve_app.asks import Ask, ManyAsk, chosen
+from serve_app.deciding import Rows
 from serve_app.features import Encoded
 from serve_app.wire import DecideAnswer, DecideFailure, Explanation, Failure
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Line:
+    """What was decided together, as one line of the log. `names` are what it may be asked for by again."""
+
+    data: bytes
+    names: Sequence[str]
+    rows: Rows
+    answers: Answers
+    num_repaired: int
+
+    @property
+    def num_decisions(self) -> int:
+        return len(self.answers.seeds)
+
+
 class Draft(NamedTuple):
-    """An ask's result that goes out once its `line` is in the log; `names` are what it may be asked for by again.
+    """An ask's result that goes out once its line is in the log.
 
     Without a line there is nothing to write: a refusal, or an answer from the log. `told_from` are the segments of other replicas
     that it, or a part of it, was found in.
     """
 
     result: Any
-    line: bytes = b""
-    names: tuple[str, ...] | list[str] = ()
+    line: Line | None = None
     told_from: tuple[Path, ...] = ()
 
 
@@ -50,45 +65,15 @@ class Moment(NamedTuple):
     engines: dict[int, str] | None = None
 
 
-def decision_of(
-    ask: Ask, observation: Any, mask_A: np.ndarray | None, repair: str | None, answer: Answer, at: Moment
-) -> Decision:
-    """Return the log's record of one decision."""
-    return Decision(  # by position, in the record's order: names would double the time
-        ask.decision_id,
-        at.wall_s,
-        ask.unit_id,
-        ask.episode_id,
-        at.plan.number,
-        at.plan.release,
-        answer.arm,
-        answer.version,
-        answer.digest,
-        observation,
-        answer.action,
-        answer.mode,
-        answer.seed,
-        answer.propensity,
-        answer.mixture_propensity,
-        answer.fallback,
-        at.now_s - ask.started_s,
-        None if mask_A is None else mask_A.tolist(),
-        answer.rung,
-        answer.shield,
-        "plan" if ask.arm is None else "request",
-        repair,
-        at.engines,
-    )
-
-
 def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: Answers, at: Moment) -> DecisionBatch:
     """Return the log's record of many decisions. `rows` are their places among those that were asked for."""
+    started_s, arms = chosen(ask.started_s, rows), chosen(ask.arm, rows)
     return DecisionBatch(
         batch_id=ask.batch_id,
         decision_ids=chosen(ask.decision_ids, rows),
         time_s=at.wall_s,
-        unit_ids=chosen(ask.unit_ids, rows) if isinstance(ask.unit_ids, list) else ask.unit_ids,
-        episode_ids=None if ask.episode_ids is None else chosen(ask.episode_ids, rows),
+        unit_ids=chosen(ask.unit_ids, rows),
+        episode_ids=chosen(ask.episode_ids, rows),
         plan=at.plan.number,
         release=at.plan.release,
         arms=answers.arms,
@@ -102,11 +87,11 @@ def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: Answe
         propensities=answers.propensities,
         mixture_propensities=None if len(at.plan.arms) == 1 else answers.mixture_propensities,
         fallbacks=answers.fallbacks,
-        latency_s=at.now_s - ask.started_s,
-        action_masks=None if encoded.mask_BA is None else encoded.mask_BA[_places(encoded, rows)].tolist(),
+        latency_s=[at.now_s - began_s for began_s in started_s] if isinstance(started_s, list) else at.now_s - started_s,
+        action_masks=None if encoded.mask_BA is None else encoded.mask_BA[encoded.places(rows)].tolist(),
         rungs=_rungs(answers),
         shields=answers.shields,
-        assigned="plan" if ask.arm is None else "request",
+        assigned=[_assigned(arm) for arm in arms] if isinstance(arms, list) else _assigned(arms),
         repairs=repairs_of(encoded, rows),
         engines=at.engines,
     )
@@ -140,26 +125,30 @@ def explanation_of(decision: Decision | Answer, parameters_P: np.ndarray | None)
     return Explanation(distribution, decision.seed, decision.mode, decision.mixture_propensity, decision.rung, decision.shield)
 
 
-def told_of_many(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: Answers) -> list[DecideAnswer]:
+def told_of_many(
+    ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: Answers, policy: str | UnsetType = UNSET
+) -> list[DecideAnswer]:
     """Return what the client is told of many decisions. `rows` are their places among those that were asked for."""
-    explanations, states = itertools.repeat(None), itertools.repeat(None)
+    explanations: Any = None
     if ask.explain:
-        explanations = [explanation_of(answer, answer.parameters_P) for answer in answers.each()]
+        wanted = zip(answers.each(), per_row(chosen(ask.explain, rows)))
+        explanations = [explanation_of(answer, answer.parameters_P) if is_wanted else None for answer, is_wanted in wanted]
+    states: Any = None
     if ask.states is not None:
         states = [None if ask.states[row] is None else history.state_after(encoded.observations[row]) for row in rows]
     columns = (
         chosen(ask.decision_ids, rows),
         answers.actions,
-        itertools.repeat(UNSET),
-        per_row(answers.versions),
-        per_row(answers.arms),
+        policy,
+        answers.versions,
+        answers.arms,
         answers.propensities,
-        per_row(answers.fallbacks),
-        per_row(repairs_of(encoded, rows)),
+        answers.fallbacks,
+        repairs_of(encoded, rows),
         explanations,
         states,
     )
-    return list(map(DecideAnswer, *columns))
+    return list(map(DecideAnswer, *map(per_row, columns)))
 
 
 def repairs_of(encoded: Encoded, rows: Sequence[int]) -> list[str | None] | None:
@@ -248,9 +237,8 @@ def _observations(ask: ManyAsk, encoded: Encoded, rows: Sequence[int]) -> list[A
     return [encoded.observations[row] for row in rows]
 
 
-def _places(encoded: Encoded, rows: Sequence[int]) -> list[int]:
-    place = {row: index for index, row in enumerate(encoded.rows)}
-    return [place[row] for row in rows]
+def _assigned(arm: str | None) -> Assigned:
+    return "plan" if arm is None else "request"
 
 
 def _rungs(answers: Answers) -> list[Any] | None:

@@ -26,6 +26,13 @@ class Encoded(NamedTuple):
     observations: Sequence[Any]
     repairs: dict[int, str]
 
+    def places(self, rows: Sequence[int]) -> Sequence[int]:
+        """Return where in the features these rows are, all of which can be decided."""
+        if len(rows) == len(self.rows):
+            return range(len(rows))
+        place = {row: index for index, row in enumerate(self.rows)}
+        return [place[row] for row in rows]
+
 
 def encode(
     spaces: Spaces,

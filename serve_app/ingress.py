@@ -3,17 +3,17 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, TrimtabError
-from serve_app.answers import Decided, each, sorted_out
+from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable, TrimtabError
+from serve_app.answers import Answers, sorted_out
 from serve_app.asgi import Request
-from serve_app.asks import Ask, AskReader, ManyAsk, chosen
+from serve_app.asks import Ask, AskReader, ManyAsk, chosen, together
 from serve_app.batcher import Batcher, Deliver, deliver_each
 from serve_app.config import ServingConfig
 from serve_app.deciding import Decider, Rows
 from serve_app.decision_ids import DecisionIds
-from serve_app.drafts import Columns, Draft, Moment, answer_of, batch_of, decision_of, failure_of, repairs_of, told_of_many
+from serve_app.drafts import Columns, Draft, Line, Moment, batch_of, failure_of, repairs_of, told_of_many
 from serve_app.durable_log import DecisionLog, Place
 from serve_app.features import Encoded, encode_numbers
 from serve_app.features import encode as encode_features
@@ -56,9 +56,6 @@ class Ingress:
         self._request_modes = config.request_modes
         self._max_body_bytes = config.max_body_bytes
         self._wall_clock = wall_clock
-        # What of this batch is counted, and shown to shadows, when its answers have left.
-        self._decided: list[tuple[Rows, Decided]] = []
-        self._num_repaired = 0
         self.tally = Tally()
         self.batcher: Batcher[Ask | ManyAsk] = Batcher(
             self._answer_batch, max_batch_size=config.max_batch_size, max_queue=config.max_queue
@@ -106,7 +103,6 @@ class Ingress:
         The snapshot is read once: a new plan comes into force between batches, never within one.
         """
         snapshot, now_s = self.snapshot(), time.perf_counter()
-        self._decided, self._num_repaired = [], 0
         asks, delivers, drafts, repeated = self.repetitions.sort_out(asks, delivers, snapshot.champion.policy.spaces)
         for index, ask in enumerate(asks):
             if ask.deadline_s < now_s:
@@ -120,45 +116,21 @@ class Ingress:
                 drafts[index] = self._decide_many(ask, snapshot)
         ordered = [drafts[index] for index in range(len(asks))]
         delivers = [self.repetitions.once_flushed(draft, deliver) for draft, deliver in zip(ordered, delivers)]
-        num_decisions = sum([ask.num_rows for ask, draft in zip(asks, ordered) if draft.line])
         started_s = [ask.started_s for ask, draft in zip(asks, ordered) if draft.line]
-        self._write_down(ordered, delivers, num_decisions, snapshot, started_s)
+        self._write_down(ordered, delivers, snapshot, started_s)
         self.repetitions.postpone(repeated)  # last: when something above raises, everybody in the batch is told so, and only once
 
     def _decide_singles(self, asks: list[Ask], snapshot: Snapshot) -> list[Draft]:
-        """Return a draft for each of the requests for one decision, which are decided together."""
-        encoded = encode_features(
-            snapshot.champion.policy.spaces,
-            [ask.observation for ask in asks],
-            [ask.mask for ask in asks] if any([ask.mask is not None for ask in asks]) else None,
-            is_numbers=all([ask.is_numbers for ask in asks]),
-            repair=self._repair,
-            states=_unless_all_none([ask.state for ask in asks]) if snapshot.champion.policy.spaces.history > 1 else None,
-        )
-        drafts = {row: Draft(refusal) for row, refusal in encoded.refusals.items()}
-        decided = [asks[row] for row in encoded.rows]
-        rows = Rows(
-            [ask.decision_id for ask in decided],
-            [ask.seed for ask in decided],
-            [ask.unit_id for ask in decided],
-            encoded.obs_BD,
-            encoded.mask_BA,
-            _unless_all_none([ask.mode for ask in decided]),
-            _unless_all_none([ask.arm for ask in decided]),
-            any([ask.explain for ask in decided]),
-        )
-        answers = each(self._decide(rows, snapshot)) if decided else []
-        at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter(), snapshot.engines)
-        for place, (row, answer) in enumerate(zip(encoded.rows, answers)):
-            ask = asks[row]
-            if isinstance(answer, RequestRefused):
-                drafts[row] = Draft(answer)
-                continue
-            mask_A = None if encoded.mask_BA is None else encoded.mask_BA[place]
-            self._num_repaired += row in encoded.repairs
-            decision = decision_of(ask, encoded.observations[row], mask_A, encoded.repairs.get(row), answer, at)
-            told = answer_of(decision, self._policy, answer.parameters_P, explain=ask.explain, state=ask.state)
-            drafts[row] = Draft(told, encode(decision) + b"\n", (ask.decision_id,) if ask.is_named else ())
+        """Return a draft for each of the requests for one decision: they are decided together, and share a line."""
+        many = together(asks)
+        encoded = self._encode_many(many, snapshot)
+        made = self._decide_rows(many, encoded, encoded.rows, snapshot)
+        drafts = {row: Draft(refusal) for row, refusal in (encoded.refusals | made.errors).items()}
+        if made.answers is not None:
+            names = [asks[row].decision_id for row in made.rows if asks[row].is_named]
+            line = self._line(many, encoded, made, names, snapshot)
+            told = told_of_many(many, encoded, made.rows, made.answers, self._policy)
+            drafts.update({row: Draft(answer, line) for row, answer in zip(made.rows, told)})
         return [drafts[row] for row in range(len(asks))]
 
     def _decide_many(self, ask: ManyAsk, snapshot: Snapshot) -> Draft:
@@ -169,30 +141,22 @@ class Ingress:
             return Draft(error)
         if ask.is_all_or_nothing and encoded.refusals:
             return Draft(_first_of(encoded.refusals))
-        told: dict[int, Any] = {row: failure_of(refusal) for row, refusal in encoded.refusals.items()}
-        asked_again = (row for row in range(ask.num_rows) if row not in told)
-        again, told_from = self.repetitions.rows_told_again(ask, asked_again, snapshot.champion.policy.spaces)
-        told |= again
-        keep = [place for place, row in enumerate(encoded.rows) if row not in again] if again else range(len(encoded.rows))
-        rows = [encoded.rows[place] for place in keep] if again else encoded.rows
-        answers, undecided = sorted_out(self._decide(_rows_of(ask, encoded, keep, rows), snapshot)) if rows else (None, {})
-        errors = {rows[place]: error for place, error in undecided.items()}
-        if ask.is_all_or_nothing and errors:
-            self._decided.pop()
-            return Draft(_first_of(errors))
-        told |= {row: failure_of(error) for row, error in errors.items()}
-        if answers is None:
+        again, told_from = self.repetitions.rows_told_again(ask, encoded.rows, snapshot.champion.policy.spaces)
+        rows = [row for row in encoded.rows if row not in again] if again else encoded.rows
+        made = self._decide_rows(ask, encoded, rows, snapshot)
+        if ask.is_all_or_nothing and made.errors:
+            return Draft(_first_of(made.errors))
+        told = again | {row: failure_of(error) for row, error in (encoded.refusals | made.errors).items()}
+        if made.answers is None:
             return Draft(self._told_in_order(ask, told), told_from=told_from)
-        rows = [row for row in rows if row not in errors] if errors else rows
-        at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter(), snapshot.engines)
-        line = encode(batch_of(ask, encoded, rows, answers, at)) + b"\n"
-        names = [ask.batch_id] if ask.batch_id else [ask.decision_ids[row] for row in rows]
-        self._num_repaired += sum([row in encoded.repairs for row in rows]) if encoded.repairs else 0
+        names = [] if not ask.is_named else [ask.batch_id] if ask.batch_id else made.asked.decision_ids
+        line = self._line(ask, encoded, made, names, snapshot)
         if ask.is_all_or_nothing and not told:
-            result: Any = Columns(ask.decision_ids, answers, repairs_of(encoded, rows))
+            result: Any = Columns(ask.decision_ids, made.answers, repairs_of(encoded, made.rows))
         else:
-            result = self._told_in_order(ask, told | dict(zip(rows, told_of_many(ask, encoded, rows, answers))))
-        return Draft(result, line, names if ask.is_named else (), told_from)
+            told |= zip(made.rows, told_of_many(ask, encoded, made.rows, made.answers))
+            result = self._told_in_order(ask, told)
+        return Draft(result, line, told_from)
 
     def _told_in_order(self, ask: ManyAsk, told: dict[int, Any]) -> DecideManyAnswer:
         return DecideManyAnswer(self._policy, [told[row] for row in range(ask.num_rows)])
@@ -205,62 +169,70 @@ class Ingress:
             spaces, ask.observations, ask.masks, is_numbers=ask.is_numbers, repair=self._repair, states=ask.states
         )
 
-    def _decide(self, rows: Rows, snapshot: Snapshot) -> Decided:
-        decided = self.decider.decide(rows, snapshot)
-        self._decided.append((rows, decided))
-        return decided
+    def _decide_rows(self, ask: ManyAsk, encoded: Encoded, rows: Sequence[int], snapshot: Snapshot) -> "_Made":
+        asked = _rows_of(ask, encoded, rows)
+        answers, errors = sorted_out(self.decider.decide(asked, snapshot) if rows else [])
+        if not errors:
+            return _Made(rows, asked, answers, {})
+        answered = [place for place in range(len(rows)) if place not in errors]
+        return _Made(
+            [rows[place] for place in answered], asked.only(answered), answers, {rows[place]: e for place, e in errors.items()}
+        )
 
-    def _offer_to_shadows(self, rows: Rows, decided: Decided, snapshot: Snapshot) -> None:
-        answers, errors = sorted_out(decided)
-        if answers is None:
-            return
-        ids, seeds, obs_BD, mask_BA = rows.decision_ids, rows.seeds, rows.obs_BD, rows.mask_BA
-        if errors:
-            answered = [row for row in range(len(ids)) if row not in errors]
-            ids, seeds, obs_BD = [ids[row] for row in answered], [seeds[row] for row in answered], obs_BD[answered]
-            mask_BA = mask_BA[answered] if mask_BA is not None else None
-        self._shadowing.offer(snapshot.shadows, ids, seeds, answers.actions, obs_BD, mask_BA)
+    def _line(self, ask: ManyAsk, encoded: Encoded, made: "_Made", names: Sequence[str], snapshot: Snapshot) -> Line:
+        assert made.answers is not None
+        at = Moment(snapshot.plan, self._wall_clock(), time.perf_counter(), snapshot.engines)
+        data = encode(batch_of(ask, encoded, made.rows, made.answers, at)) + b"\n"
+        num_repaired = sum([row in encoded.repairs for row in made.rows]) if encoded.repairs else 0
+        return Line(data, names, made.asked, made.answers, num_repaired)
 
-    def _write_down(
-        self, drafts: list[Draft], delivers: list[Deliver], num_decisions: int, snapshot: Snapshot, started_s: list[float]
-    ) -> None:
+    def _write_down(self, drafts: list[Draft], delivers: list[Deliver], snapshot: Snapshot, started_s: list[float]) -> None:
         """Have the batch logged with one write, and let the answers go once it is: what is not logged is not answered.
 
         What became of the log may be known at once or, where it is flushed to the disk, a little later.
         """
-        decided, self._decided, num_repaired = self._decided, [], self._num_repaired
-        lines = b"".join([draft.line for draft in drafts])
+        lines = list(dict.fromkeys([draft.line for draft in drafts if draft.line]))
         if not lines:
             return deliver_each([draft.result for draft in drafts], delivers)
-        end_logging = self.repetitions.begin_logging(drafts)
+        end_logging = self.repetitions.begin_logging(lines)
 
         def logged(error: TrimtabError | None, place: Place | None) -> None:
             if error is not None:
                 deliver_each([error if draft.line else draft.result for draft in drafts], delivers)
                 return end_logging()
             if place is not None:
-                self.repetitions.remember(drafts, place)
+                self.repetitions.remember(lines, place)
             deliver_each([draft.result for draft in drafts], delivers)
             end_logging()
             try:
-                self._note(decided, num_repaired, started_s, snapshot)
+                self._note(lines, started_s, snapshot)
             except Exception:  # raised from here, it would be told to all who have their answers
                 logger.exception("event=batch_not_counted")
 
+        data, num_decisions = b"".join([line.data for line in lines]), sum([line.num_decisions for line in lines])
         try:
-            self._log.append(lines, num_decisions, logged, lambda where: self.repetitions.remember(drafts, where))
+            self._log.append(data, num_decisions, logged, lambda where: self.repetitions.remember(lines, where))
         except BaseException:  # a mistake of ours: repetitions would wait for ever
             end_logging()
             raise
 
-    def _note(self, decided: list[tuple[Rows, Decided]], num_repaired: int, started_s: list[float], snapshot: Snapshot) -> None:
+    def _note(self, lines: list[Line], started_s: list[float], snapshot: Snapshot) -> None:
         """Count what has been answered, and have the shadows asked about it."""
         self.tally.add_requests(started_s, time.perf_counter())
-        self.tally.num_repaired += num_repaired
-        for rows, answers in decided:
-            self.tally.add_answers(answers)
+        for line in lines:
+            rows, answers = line.rows, line.answers
+            self.tally.add_answers(answers, line.num_repaired)
             if snapshot.shadows:
-                self._offer_to_shadows(rows, answers, snapshot)
+                self._shadowing.offer(snapshot.shadows, rows.decision_ids, rows.seeds, answers.actions, rows.obs_BD, rows.mask_BA)
+
+
+class _Made(NamedTuple):
+    """What became of rows of requests that were decided together: `rows` have `answers` and were `asked`, the others `errors`."""
+
+    rows: Sequence[int]
+    asked: Rows
+    answers: Answers | None
+    errors: dict[int, ServiceUnavailable]
 
 
 def _first_of(refusals: dict[int, Any]) -> RequestRefused:
@@ -271,20 +243,17 @@ def _first_of(refusals: dict[int, Any]) -> RequestRefused:
     return RequestInvalid(where, error.status) if isinstance(error, RequestInvalid) else type(error)(where)
 
 
-def _rows_of(ask: ManyAsk, encoded: Encoded, keep: Sequence[int], rows: Sequence[int]) -> Rows:
-    """Return rows of a request for many, to be decided; `keep` are their places among those that are encoded."""
-    keeps_all = len(keep) == len(encoded.rows)
+def _rows_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int]) -> Rows:
+    """Return rows of a request, to be decided."""
+    keeps_all, places = len(rows) == len(encoded.rows), encoded.places(rows)
+    modes, arms = chosen(ask.mode, rows), chosen(ask.arm, rows)
     return Rows(
         chosen(ask.decision_ids, rows),
         chosen(ask.seeds, rows),
-        chosen(ask.unit_ids, rows) if isinstance(ask.unit_ids, list) else ask.unit_ids,
-        encoded.obs_BD if keeps_all else encoded.obs_BD[keep],
-        encoded.mask_BA if keeps_all or encoded.mask_BA is None else encoded.mask_BA[keep],
-        None if ask.mode is None else [ask.mode] * len(rows),
-        None if ask.arm is None else [ask.arm] * len(rows),
-        ask.explain,
+        chosen(ask.unit_ids, rows),
+        encoded.obs_BD if keeps_all else encoded.obs_BD[places],
+        encoded.mask_BA if keeps_all or encoded.mask_BA is None else encoded.mask_BA[places],
+        [modes] * len(rows) if isinstance(modes, str) else modes,
+        [arms] * len(rows) if isinstance(arms, str) else arms,
+        bool(ask.explain),
     )
-
-
-def _unless_all_none(values: list[Any]) -> list[Any] | None:
-    return values if any([value is not None for value in values]) else None

@@ -17,7 +17,8 @@ class RecordLog:
 
     def __init__(self, directory: Path, kind: SegmentKind, writer: str, *, settings: ServingConfig) -> None:
         self.writer = SegmentWriter(directory, kind, writer)
-        self._failure, self._failed_s = OSError(errno.ETIMEDOUT, "an fsync hangs"), float("-inf")
+        self._is_failing, self._failure = False, OSError(errno.ETIMEDOUT, "an fsync hangs")
+        self._tried_s = float("-inf")  # while it is failing
         self.commit: GroupCommit | None = None
         if settings.durability == "fsync":
             self.commit = GroupCommit(self.writer, timeout_s=settings.log_timeout_s)
@@ -26,15 +27,19 @@ class RecordLog:
         """Write whole lines with one system call, and wait until they are durable.
 
         Raises `OSError` when they are not, or perhaps not, and `Overloaded` when too many wait for the disk already. A failure
-        ends the segment, so the disk is tried once per `RETRY_S` then, and not at all while an fsync hangs.
+        ends the segment, so then one request per `RETRY_S` tries the disk, and none while an fsync hangs.
         """
-        if is_left_alone(self.commit, since_s=self._failed_s, now_s=time.monotonic()):
+        now_s = time.monotonic()
+        if is_left_alone(self.commit, since_s=self._tried_s, now_s=now_s):
             raise self._failure
+        if self._is_failing:
+            self._tried_s = now_s  # who comes while this one waits for its fsync does not try as well
         try:
             await self._append(lines)
         except OSError as error:
-            self._failure, self._failed_s = error, time.monotonic()
+            self._is_failing, self._failure, self._tried_s = True, error, time.monotonic()
             raise
+        self._is_failing, self._tried_s = False, float("-inf")
 
     async def _append(self, lines: bytes) -> None:
         self.writer.append(lines)

@@ -14,7 +14,7 @@ from policies.records import Decision
 from policies.spaces import Spaces
 from serve_app.asks import Ask, ManyAsk
 from serve_app.batcher import Deliver, deliver_each
-from serve_app.drafts import Draft, failure_of, row_told_again, told_again
+from serve_app.drafts import Draft, Line, failure_of, row_told_again, told_again
 from serve_app.durable_log import DecisionLog, Where
 from serve_app.recall import Recall
 from serve_app.wire import DecideManyAnswer
@@ -89,9 +89,9 @@ class Repetitions:
             else:
                 waiting.append((ask, deliver))
 
-    def begin_logging(self, drafts: Sequence[Draft]) -> Callable[[], None]:
+    def begin_logging(self, lines: Sequence[Line]) -> Callable[[], None]:
         """Let repetitions of these wait from now on, until what is returned is called."""
-        names = [name for draft in drafts for name in draft.names]
+        names = [name for line in lines for name in line.names]
         waiting: Waiting = []
         self._being_logged.update(dict.fromkeys(names, waiting))
 
@@ -108,17 +108,17 @@ class Repetitions:
             return deliver
         return lambda result: self._log.tell(draft.told_from, lambda error: deliver_each([error or result], [deliver]))
 
-    def remember(self, drafts: Sequence[Draft], where: Where) -> None:
-        """Have what was decided told again, from wherever its line is."""
+    def remember(self, lines: Sequence[Line], where: Where) -> None:
+        """Have what was decided told again, from wherever its line is; `where` is the place of the first."""
         offset = 0
-        for draft in drafts:
+        for line in lines:
             if where == "kept":
-                self._recall.keep(draft.names, draft.line)
+                self._recall.keep(line.names, line.data)
             elif where == "dropped":
-                self._recall.forget(draft.names)
-            elif draft.names:
-                self._recall.remember(draft.names, where[0], where[1] + offset)
-            offset += len(draft.line)
+                self._recall.forget(line.names)
+            elif line.names:
+                self._recall.remember(line.names, where[0], where[1] + offset)
+            offset += len(line.data)
 
     def stop(self) -> None:
         """Send whoever waits for another request's flush elsewhere, from now on at once: the flush may outlive this replica."""

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from policies.records import per_row
 from policies.telemetry import LATENCY_BUCKETS_S
-from serve_app.answers import Answer, Answers, Decided, per_row
+from serve_app.answers import Answers
 
 # Answers and times: counted one at a time they cost three times as much, and more of them at once hold the loop up.
 MAX_NOTED = 1024
@@ -36,20 +37,18 @@ class Tally:
         self._kinds: list[Kind] = []
         self._took_s: list[float] = []
         self._decisions: Counter[tuple[str, int, str]] = Counter()
-        self._num_shielded = self.num_repaired = 0
+        self._num_shielded = self._num_repaired = 0
         self._num_in_bucket = np.zeros(len(LATENCY_BUCKETS_S) + 1, np.int64)
         self._sum_s = 0.0
 
-    def add_answers(self, decided: Decided) -> None:
-        """Count the decisions among what was answered; the others are refusals."""
-        if not isinstance(decided, Answers):
-            self._kinds += [(a.arm, a.version, a.rung, a.shield) for a in decided if isinstance(a, Answer)]
+    def add_answers(self, answers: Answers, num_repaired: int) -> None:
+        """Count decisions, and of how many of them the observation was mended."""
+        self._num_repaired += num_repaired
+        columns = (answers.arms, answers.versions, answers.rungs, answers.shields)
+        if any([isinstance(column, list) for column in columns]):
+            self._kinds += zip(*map(per_row, columns))
         else:
-            columns = (decided.arms, decided.versions, decided.rungs, decided.shields)
-            if any([isinstance(column, list) for column in columns]):
-                self._kinds += zip(*map(per_row, columns))
-            else:
-                self._add(columns, len(decided.seeds))
+            self._add(columns, len(answers.seeds))
 
     def add_requests(self, started_s: Iterable[float], now_s: float) -> None:
         """Count requests that were answered now with at least one new decision, by when they came."""
@@ -60,7 +59,7 @@ class Tally:
     def totals(self) -> Totals:
         """Return what was counted."""
         self._count()
-        return Totals(dict(self._decisions), self._num_shielded, self.num_repaired, self._num_in_bucket.tolist(), self._sum_s)
+        return Totals(dict(self._decisions), self._num_shielded, self._num_repaired, self._num_in_bucket.tolist(), self._sum_s)
 
     def _count(self) -> None:
         for kind, number in Counter(self._kinds).items():

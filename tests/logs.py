@@ -54,11 +54,23 @@ def random_records(rng: random.Random, num_records: int) -> list[Decision | Deci
     for number in range(num_records):
         time_s += rng.choice([0.0, 0.25, 1.0, -0.5])
         name = f"d{rng.randrange(number + 1) if rng.random() < 0.1 else number}"
-        if rng.random() < 0.2:
+        kind = rng.random()
+        if kind < 0.2:
             records.append(make_batch(name, num_rows=rng.randrange(1, 5), time_s=time_s))
+        elif kind < 0.4:
+            records.append(_random_turn(rng, name, rng.randrange(1, 5), time_s))
         else:
             records.append(make_decision(name, time_s=time_s, **_random_fields(rng)))
     return records
+
+
+def _random_turn(rng: random.Random, name: str, num_rows: int, time_s: float) -> DecisionBatch:
+    """Return the line of requests for one decision each that were answered together."""
+    rows = [_random_fields(rng) for _ in range(num_rows)]
+    of_each = {f"{field}s": [row[field] for row in rows] for field in ("observation", "action", "episode_id", "seed", "fallback")}
+    of_each |= {"unit_ids": [f"u{row}" for row in range(num_rows)], "latency_s": [rng.random() for _ in rows]}
+    of_each |= {"propensities": [row["propensity"] for row in rows], "assigned": [row["assigned"] for row in rows]}
+    return make_batch(name, num_rows=num_rows, time_s=time_s, batch_id="", shape=None, **of_each)
 
 
 def _random_fields(rng: random.Random) -> dict[str, Any]:

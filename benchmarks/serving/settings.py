@@ -4,19 +4,20 @@ Each setting has two sides: `prepare` makes it in a storage root before serving 
 `SettingNotInForce` unless what was logged under load shows it.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from policies.log_reader import LogTail
+from policies.records import Decision, Record, Shadow
 from policies.storage import Storage
 
 CANARY_WEIGHT = HOLDOUT_WEIGHT = 0.5
 SHARE_TOLERANCE = 0.1  # of 200 and more units; the standard error is 0.035
 MIN_DECISIONS = 200
-MAX_LINES = 5_000  # enough to see a share, and little enough to read after each load
+MAX_RECORDS = 5_000  # enough to see a share, and little enough to read after each load
 CANDIDATE_SEED = 2
 
 
@@ -32,45 +33,43 @@ class Setting:
 
 def require_logged(decisions: Path, shadows: Path) -> None:
     """Raise unless decisions were logged, all of the champion."""
-    _require_share("champion", 1.0, logged_lines(decisions))
+    _require_share("champion", 1.0, logged(decisions, Decision))
 
 
 def require_nothing_logged(decisions: Path, shadows: Path) -> None:
     """Raise when a decision was logged."""
-    if found := len(logged_lines(decisions)):
+    if found := len(logged(decisions, Decision)):
         raise SettingNotInForce(f"{found} or more decisions were logged in {decisions}; the log was to be off")
 
 
 def require_canary(decisions: Path, shadows: Path) -> None:
     """Raise unless the canary answered about its share."""
-    _require_share("canary", CANARY_WEIGHT, logged_lines(decisions))
+    _require_share("canary", CANARY_WEIGHT, logged(decisions, Decision))
 
 
 def require_holdout(decisions: Path, shadows: Path) -> None:
     """Raise unless the holdout answered about its share."""
-    _require_share("holdout", HOLDOUT_WEIGHT, logged_lines(decisions))
+    _require_share("holdout", HOLDOUT_WEIGHT, logged(decisions, Decision))
 
 
 def require_shadows(decisions: Path, shadows: Path) -> None:
     """Raise unless shadows were logged beside the champion's decisions."""
     require_logged(decisions, shadows)
-    if (found := len(logged_lines(shadows))) < MIN_DECISIONS:
+    if (found := len(logged(shadows, Shadow))) < MIN_DECISIONS:
         raise SettingNotInForce(f"{found} shadow answers were logged in {shadows}, expected at least {MIN_DECISIONS}")
 
 
-def logged_lines(directory: Path) -> list[dict[str, Any]]:
-    """Return the first records of each segment in a log directory that may not exist, without segment headers."""
-    records: list[dict[str, Any]] = []
-    for path in sorted(directory.glob("*.jsonl")):
-        with open(path, "rb") as file:
-            file.readline()
-            complete = (line for line, _ in zip(file, range(MAX_LINES)) if line.endswith(b"\n"))
-            records.extend(map(json.loads, complete))
+def logged(directory: Path, record_type: type[Record]) -> list[Any]:
+    """Return the first records in a log directory that may not exist."""
+    tail, records = LogTail(directory, record_type), []
+    tail.look()
+    while len(records) < MAX_RECORDS and (more := tail.read()):
+        records += more
     return records
 
 
-def _require_share(arm: str, weight: float, records: Iterable[dict[str, Any]]) -> None:
-    counts = Counter(record["arm"] for record in records)
+def _require_share(arm: str, weight: float, decisions: list[Decision]) -> None:
+    counts = Counter(decision.arm for decision in decisions)
     total = sum(counts.values())
     if total < MIN_DECISIONS or abs(counts[arm] / total - weight) > SHARE_TOLERANCE:
         raise SettingNotInForce(f"the {arm} was to answer {weight:.0%} of the decisions; the log has {dict(counts)}")

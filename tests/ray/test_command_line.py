@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
+from policies.log_reader import find_decision
 from policies.storage import open_storage
 from tests.browser.test_dashboard import assert_dashboard_shows, driver, needs_chromium  # noqa: F401
 from tests.command_line import ROOT, TRIMTAB, free_port, run_trimtab, serving_processes, trimtab_json
+from tests.simulators import Segment
 from trimtab.client import Client
 
 pytestmark = pytest.mark.ray
@@ -137,18 +140,17 @@ def test_decide_replay_and_status_agree(served: Path) -> None:
 def test_a_changed_log_line_does_not_replay(served: Path) -> None:
     """The negative control of replay: the same record with another observation."""
     decision = trimtab_json("decide", "[0.01, 0.02, 0.03, 0.04]", storage=served)
-    (segment,) = (served / "log" / "cartpole" / "decisions").glob("*.jsonl")
-    original = segment.read_bytes()
-    line = next(line for line in original.splitlines() if decision["decision_id"].encode() in line)
-    forged = json.loads(line)
-    forged["action"], forged["decision_id"] = 1 - forged["action"], forged["decision_id"] + "x"
-    copy = segment.with_name("zz-forged.jsonl")
-    copy.write_bytes(original.splitlines()[0] + b"\n" + json.dumps(forged).encode() + b"\n")
+    directory = served / "log" / "cartpole" / "decisions"
+    logged = find_decision(directory, decision["decision_id"])
+    assert logged is not None
+    forged = msgspec.structs.replace(logged, decision_id=f"{logged.decision_id}x", action=1 - logged.action)
+    copy = Segment(directory, "decisions", "zz-forged")
+    copy.append(forged)
     try:
-        result = run_trimtab("replay", forged["decision_id"], storage=served)
+        result = run_trimtab("replay", forged.decision_id, storage=served)
         assert result.returncode == 1 and "DIFFERENT" in result.stdout
     finally:
-        copy.unlink()
+        copy.path.unlink()
 
 
 def test_drive_returns_over_http_what_evaluate_says(served: Path) -> None:

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from policies.distributions import seed_of
 from policies.errors import ServiceUnavailable
 from policies.records import DecisionBatch
 from policies.storage import Storage, open_storage
@@ -87,6 +88,42 @@ def test_without_units_each_of_many_is_a_unit_of_its_own_and_the_log_says_so_onc
     assert told == [(decision.decision_id, decision.arm) for decision in decisions]
     lines = [line for path in storage.decisions(NAME).glob("*.jsonl") for line in path.read_bytes().splitlines()[1:]]
     assert [msgspec.json.decode(line, type=DecisionBatch).unit_ids for line in lines] == [None] * 3
+
+
+def test_requests_that_are_answered_together_share_a_line_and_keep_what_is_their_own(storage: Storage) -> None:
+    replica = replica_of(storage, request_modes=["greedy"])
+    bodies = [
+        {"observation": observation, "unit_id": f"unit-{index}", "request_id": f"request-{index}"}
+        for index, observation in enumerate(observations(20))
+    ]
+    bodies[3] |= {"mode": "greedy"}
+    bodies[4] |= {"explain": True}
+    bodies[5] |= {"observation": [0.0]}  # refused: it has no line, nor a place in that of the others
+    del bodies[6]["request_id"]
+    bodies[7] |= {"episode_id": "episode"}
+    replies = decide_all(storage, replica, *bodies)
+    assert [reply.status for reply in replies] == [200] * 5 + [422] + [200] * 14
+    told = [reply.json() for index, reply in enumerate(replies) if index != 5]
+    asked = [body for index, body in enumerate(bodies) if index != 5]
+    decisions = logged(storage)
+    [line] = [line for path in storage.decisions(NAME).glob("*.jsonl") for line in path.read_bytes().splitlines()[1:]]
+    assert msgspec.json.decode(line, type=DecisionBatch).batch_id == ""
+    for body, answer, decision in zip(asked, told, decisions, strict=True):
+        assert (decision.observation, decision.unit_id) == (body["observation"], body["unit_id"])
+        assert decision.episode_id == body.get("episode_id") and decision.mode == body.get("mode", "sample")
+        assert decision.seed == seed_of(decision.decision_id) or "request_id" not in body
+        assert {name: answer[name] for name in ("decision_id", "action", "version", "arm", "propensity")} == {
+            name: getattr(decision, name) for name in ("decision_id", "action", "version", "arm", "propensity")
+        }
+        assert ("explanation" in answer) == ("explain" in body) and answer["policy"] == NAME
+    assert {decision.arm for decision in decisions} == {"canary", "champion"}
+    assert len({decision.latency_s for decision in decisions}) > 1 and all(0 < d.latency_s < 60 for d in decisions)
+    named = [(body, answer["decision_id"], answer["action"]) for body, answer in zip(asked, told) if "request_id" in body]
+    again = [reply.json() for reply in decide_all(storage, replica, *[body for body, *_ in reversed(named)])]
+    assert [(answer["decision_id"], answer["action"]) for answer in again] == [
+        (name, action) for _, name, action in reversed(named)
+    ]
+    assert len(named) == 18 and len(logged(storage)) == 19  # all were told from the shared line
 
 
 def test_a_repeated_request_for_many_keeps_its_units_and_arms(storage: Storage) -> None:

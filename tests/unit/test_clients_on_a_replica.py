@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from policies.errors import DecisionUnknown, RequestConflict, RequestInvalid
 from policies.log_reader import LogTail
-from policies.records import Decision, Feedback, Override
+from policies.records import Decision, DecisionBatch, Feedback, Override
 from policies.storage import Storage, open_storage
 from tests.direct_replica import DirectReplica, direct_replica
 from tests.serving_helpers import NAME, observations, publish, random_policy, read_new
@@ -111,8 +112,10 @@ def test_calls_that_go_together_are_the_decisions_that_each_would_be_alone(stora
     with Client(replica.url, replica.key) as alone:
         for n in range(60):  # the same ids are told from the log: any mix-up would be another decision, or a conflict
             assert alone.decide(rows[n], unit_id=f"u{n}", request_id=f"r{n}") == told[n]
-    with open(next(storage.decisions(NAME).glob("*.jsonl"))) as file:
-        assert sum(line.startswith('{"batch_id"') for line in file) > 0  # or none went together
+    _, *lines = next(storage.decisions(NAME).glob("*.jsonl")).read_bytes().splitlines()
+    batches = [msgspec.json.decode(line, type=DecisionBatch) for line in lines]
+    # Of one request, not of several that arrived together: then each has a latency of its own.
+    assert any(len(batch.decision_ids) > 1 and isinstance(batch.latency_s, float) for batch in batches)
 
 
 def test_both_clients_have_the_same_methods_with_the_same_arguments() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from policies.errors import IntegrityError
 from policies.log_reader import LogTail
-from policies.records import Feedback, SegmentHeader
+from policies.records import SCHEMA_VERSION, Feedback, SegmentHeader
 from serve_app.decision_log import SegmentWriter
 from tests.serving_helpers import read_new
 
@@ -43,7 +43,7 @@ def test_a_segment_starts_with_its_header_and_reads_back(tmp_path: Path) -> None
     writer = SegmentWriter(tmp_path, "feedback", "w")
     writer.append(line(1) + line(2))
     first = (tmp_path / "w-000001.jsonl").read_bytes().splitlines()[0]
-    assert msgspec.json.decode(first, type=SegmentHeader) == SegmentHeader(2, "feedback", "w")
+    assert msgspec.json.decode(first, type=SegmentHeader) == SegmentHeader(SCHEMA_VERSION, "feedback", "w")
     assert rewards(tmp_path) == [1.0, 2.0]
 
 

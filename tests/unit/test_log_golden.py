@@ -1,7 +1,7 @@
 """Are logs of every schema version, as lines and sealed, read as what their writers meant, for ever?
 
 The files are never made anew: a new version is a new directory. Lines were written by hand; the sealed ones were made of them by
-the first version that sealed.
+the first version that sealed, or that wrote such lines.
 """
 
 import shutil
@@ -87,7 +87,18 @@ V2_BATCH = [
     Decision("b1:1.t", 1799999999.0, "u2", None, 9, 2, "champion", 4, "four", [3.0, -1.0], 1, "sample", 13, 0.125, 0.25,
              None, 0.003),
 ]  # fmt: skip
-EXPECTED = {"log-v1": [V1_FIRST, V1_SECOND], "log-v2": [*V2_BATCH, V2_ALONE]}
+V3_TOGETHER = [
+    Decision("r1.t1", 1900000000.5, "u1", None, 12, 3, "champion", 6, "six", [0.5, 1.0], 0, "sample", 21, 0.75, 0.7, None, 0.001),
+    Decision("r2.t2", 1900000000.5, "u2", "e2", 12, 3, "canary", 7, "seven", [2.0, -4.0], 1, "greedy", 22, 1.0, 1.0, None, 0.0045,
+             assigned="request", repair="1 item replaced"),
+]  # fmt: skip
+V3_MANY = [
+    Decision("page:0.t", 1900000001.0, "page:0", None, 12, 3, "champion", 6, "six", [0.25, 2.0], 1, "sample", 23, 0.25, 0.25,
+             None, 0.002, engines={6: "onnxruntime-1.22.0"}),
+    Decision("page:1.t", 1900000001.0, "page:1", None, 12, 3, "champion", 6, "six", [3.0, -1.0], 0, "sample", 24, 0.5, 0.5,
+             None, 0.002, engines={6: "onnxruntime-1.22.0"}),
+]  # fmt: skip
+EXPECTED = {"log-v1": [V1_FIRST, V1_SECOND], "log-v2": [*V2_BATCH, V2_ALONE], "log-v3": [*V3_TOGETHER, *V3_MANY]}
 
 
 @pytest.mark.parametrize("version", EXPECTED)
@@ -102,7 +113,7 @@ def test_the_sealed_segment_is_read(version: str) -> None:
         assert find_decision(GOLDEN / version / "sealed", decision.decision_id) == decision
 
 
-@pytest.mark.parametrize(("version", "num_duplicates", "num_torn_bytes"), [("log-v1", 1, 59), ("log-v2", 0, 0)])
+@pytest.mark.parametrize(("version", "num_duplicates", "num_torn_bytes"), [("log-v1", 1, 59), ("log-v2", 0, 0), ("log-v3", 0, 0)])
 def test_the_sealed_segment_says_what_it_was_made_of(version: str, num_duplicates: int, num_torn_bytes: int) -> None:
     (lines,), (sealed,) = (GOLDEN / version).glob("*.jsonl"), (GOLDEN / version / "sealed").iterdir()
     info = SealedFile(sealed).info

@@ -161,13 +161,12 @@ def test_counters_only_grow_and_refused_decisions_are_in_none(storage: Storage, 
 @pytest.mark.parametrize("max_noted", [1, 3, 1000])
 def test_however_many_are_counted_at_once_the_totals_are_the_same(monkeypatch: pytest.MonkeyPatch, max_noted: int) -> None:
     monkeypatch.setattr(tally_module, "MAX_NOTED", max_noted)
-    tally, refusal = Tally(), ValueError("no answer")
+    tally = Tally()
     by_arm = Answer("champion", 1, "d", "sample", 0, 1, 0.5, 0.5, "arm", None, "", None)
     shielded = by_arm._replace(rung="fixed", shield="limits")
     for _ in range(5):
-        tally.add_answers([by_arm, refusal, shielded])  # type: ignore[list-item]
-        tally.add_answers(Answers.of([by_arm]))
-        tally.num_repaired += 1
+        tally.add_answers(Answers.of([by_arm, shielded]), 1)
+        tally.add_answers(Answers.of([by_arm]), 0)
         tally.add_requests([10.0 - LATENCY_BUCKETS_S[0], 10.0 - 1e6], 10.0)
     totals = tally.totals()
     assert totals.decisions == {("champion", 1, "arm"): 10, ("champion", 1, "fixed"): 5}

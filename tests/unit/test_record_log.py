@@ -96,6 +96,27 @@ def test_it_is_not_accepted_before_the_disk_has_it_nor_when_that_fails(storage: 
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("still_fails", [True, False])
+def test_one_request_tries_a_disk_that_failed_and_the_others_do_not_wait_for_it(storage: Storage, still_fails: bool) -> None:
+    disk = Disk()
+
+    async def scenario() -> None:
+        replica = replica_on(storage, disk, "fsync")
+        disk.fails_next = True
+        assert (await report(storage, replica, "feedback", "fails")).status == 503
+        await asyncio.sleep(RETRY_S)
+        num_segments, disk.fails_next, disk.duration_s = replica._feedback.writer.num_segments, still_fails, 0.02
+        replies = await asyncio.gather(*(report(storage, replica, "feedback", f"r{n}") for n in range(20)))
+        assert sorted(reply.status for reply in replies) == ([503] * 20 if still_fails else [200] + [503] * 19)
+        assert replica._feedback.writer.num_segments == num_segments + 1  # each try begins one
+        if not still_fails:  # it is well again at once, for all
+            replies = await asyncio.gather(*(report(storage, replica, "feedback", f"later-{n}") for n in range(20)))
+            assert {reply.status for reply in replies} == {200}
+        await replica._stop()
+
+    asyncio.run(scenario())
+
+
 def test_many_rewards_that_arrive_together_share_their_flushes(storage: Storage) -> None:
     """Without sharing, 50 requests would be 50 fsyncs; those that came while the first was running need one more."""
     disk = Disk()

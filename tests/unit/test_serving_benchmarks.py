@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import serve_app.replica
-from benchmarks import serve_batches, serve_latency, serve_overheads
+from benchmarks import serve_batches, serve_budget, serve_latency, serve_overheads
 from benchmarks.serving import open_loop, servers
 from benchmarks.serving.answers import Answer, WrongAnswers, ask_each, require_same_answers
 from benchmarks.serving.arguments import names
@@ -26,11 +26,13 @@ from benchmarks.serving.servers import APPS, App, AppFailed, Running, running
 from benchmarks.serving.settings import SETTINGS, SettingNotInForce
 from benchmarks.serving.unlogged_replica import UnloggedReplica
 from benchmarks.serving.wrk import LoadFailed, Request, parse_result
+from policies.records import Decision, Shadow
 from policies.storage import open_storage
 from serve_app.config import ServingConfig
 from serve_app.decision_log import SegmentWriter
 from serve_app.replica import PolicyReplica
 from tests.serving_helpers import NAME, call, publish, random_policy
+from tests.simulators import START_S, Segment, make_decision
 
 # --- wrk's figures ---
 
@@ -355,15 +357,14 @@ def test_both_forms_of_a_batch_hold_the_same_observations() -> None:
 # --- settings ---
 
 
-def write_lines(directory: Path, records: list[dict[str, Any]]) -> None:
-    directory.mkdir(parents=True)
-    lines = [{"kind": "a header"}, *records]
-    (directory / "replica-000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def decisions_of(*arms: str) -> list[Decision]:
+    return [make_decision(f"d{index}", arm=arm) for index, arm in enumerate(arms)]
 
 
-CHAMPION_ONLY = [{"arm": "champion"}] * 400
-HALF_CANARY = [{"arm": "champion"}, {"arm": "canary"}] * 200
-HALF_HOLDOUT = [{"arm": "champion"}, {"arm": "holdout"}] * 200
+CHAMPION_ONLY = decisions_of(*["champion"] * 400)
+HALF_CANARY = decisions_of(*["champion", "canary"] * 200)
+HALF_HOLDOUT = decisions_of(*["champion", "holdout"] * 200)
+SHADOWS = [Shadow(d.decision_id, START_S, 2, "d", "greedy", None, None, None, failure="raised") for d in CHAMPION_ONLY]
 
 
 @pytest.mark.parametrize(
@@ -379,9 +380,9 @@ HALF_HOLDOUT = [{"arm": "champion"}, {"arm": "holdout"}] * 200
 def test_only_its_own_log_shows_a_setting(tmp_path: Path, setting: str, decisions: list, is_shadowed: bool) -> None:
     paths = {"decisions": tmp_path / "decisions", "shadows": tmp_path / "shadows"}
     if decisions:
-        write_lines(paths["decisions"], decisions)
+        Segment(paths["decisions"], "decisions").append(*decisions)
     if is_shadowed:
-        write_lines(paths["shadows"], CHAMPION_ONLY)
+        Segment(paths["shadows"], "shadows").append(*SHADOWS)
     in_force = set()
     for name, other in SETTINGS.items():
         try:
@@ -393,7 +394,7 @@ def test_only_its_own_log_shows_a_setting(tmp_path: Path, setting: str, decision
 
 
 def test_a_few_decisions_do_not_show_a_setting(tmp_path: Path) -> None:
-    write_lines(tmp_path / "decisions", HALF_CANARY[:100])
+    Segment(tmp_path / "decisions", "decisions").append(*HALF_CANARY[:100])
     with pytest.raises(SettingNotInForce):
         SETTINGS["canary"].require_in_force(tmp_path / "decisions", tmp_path / "shadows")
 
@@ -410,3 +411,13 @@ def test_only_the_benchmarks_replica_decides_without_a_log(
     reply = asyncio.run(call(replica.api, "POST", "/v1/decide", body, key=key))
     assert reply.status == 200, reply.body
     assert storage.decisions(NAME).exists() == (replica_class is PolicyReplica)
+
+
+# --- the budget of one request ---
+
+
+def test_the_budget_has_a_time_for_each_step_alone_and_in_a_batch() -> None:
+    steps = serve_budget.measured(repetitions=1)
+    alone, in_a_batch = steps.pop("log_bytes_per_decision")
+    assert steps.pop("answer_bytes") > 100 and 2 * in_a_batch < alone < 1000  # one line for all: what they share is said once
+    assert len(steps) == 15 and all(0 < value < 1e6 for values in steps.values() for value in values)
