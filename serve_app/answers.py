@@ -102,11 +102,6 @@ def put_together(places: list[list[int]], parts: list[Answers]) -> Answers:
 Decided = Answers | list[Answer | ServiceUnavailable]
 
 
-def each(decided: Decided) -> list[Answer | ServiceUnavailable]:
-    """Return an answer per row, or why there is none."""
-    return decided.each() if isinstance(decided, Answers) else decided
-
-
 def sorted_out(decided: Decided) -> tuple[Answers | None, dict[int, ServiceUnavailable]]:
     """Return the columns of the rows that have an answer, and why the others have none, by row."""
     if isinstance(decided, Answers):

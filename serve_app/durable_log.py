@@ -11,7 +11,7 @@ from policies.errors import Overloaded, ServiceUnavailable, TrimtabError
 from serve_app.decision_log import SegmentWriter
 from serve_app.group_commit import GroupCommit
 
-BUFFER_BYTES = 16 << 20  # some ten thousand decisions: a minute or more of a disk that is away
+BUFFER_BYTES = 16 << 20  # some hundred thousand decisions: several seconds of a disk that is away at full load, minutes at others
 RETRY_S = 0.5  # a slow write blocks all requests of this replica for its time, so it is not tried for each
 CHUNK_BYTES = 1 << 20  # of the buffer at once, when the disk is back
 

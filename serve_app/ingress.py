@@ -201,7 +201,7 @@ class Ingress:
                 deliver_each([error if draft.line else draft.result for draft in drafts], delivers)
                 return end_logging()
             if place is not None:
-                self.repetitions.remember(lines, place)
+                self.repetitions.remember(written, place)
             deliver_each([draft.result for draft in drafts], delivers)
             end_logging()
             try:
@@ -209,9 +209,11 @@ class Ingress:
             except Exception:  # raised from here, it would be told to all who have their answers
                 logger.exception("event=batch_not_counted")
 
+        # On its own: where a failing log keeps it for later, it must not keep the rest of the batch.
+        written = [(line.names, line.data) for line in lines]
         data, num_decisions = b"".join([line.data for line in lines]), sum([line.num_decisions for line in lines])
         try:
-            self._log.append(data, num_decisions, logged, lambda where: self.repetitions.remember(lines, where))
+            self._log.append(data, num_decisions, logged, lambda where: self.repetitions.remember(written, where))
         except BaseException:  # a mistake of ours: repetitions would wait for ever
             end_logging()
             raise

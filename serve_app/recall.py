@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 MAX_REMEMBERED = 100_000  # names, twice as many at most: about 25 MB each
 RECENT_S = 300.0  # what a segment held when nobody had written to it for longer, no client would still ask for
 FIRST_LOOK_BYTES = 16 << 20  # of the end of each segment that another replica, or a former life, has written
-SLICE_BYTES = 256 << 10  # some 500 decisions, a millisecond
+SLICE_BYTES = 256 << 10  # up to 2,000 decisions, a millisecond
 FOLLOW_INTERVAL_S = 1.0
 CLOCK_GRAIN_NS = 20_000_000  # of file times: two changes within a tick of the kernel's clock (1 to 10 ms) may bear one time
 

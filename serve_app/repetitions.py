@@ -108,17 +108,17 @@ class Repetitions:
             return deliver
         return lambda result: self._log.tell(draft.told_from, lambda error: deliver_each([error or result], [deliver]))
 
-    def remember(self, lines: Sequence[Line], where: Where) -> None:
-        """Have what was decided told again, from wherever its line is; `where` is the place of the first."""
+    def remember(self, written: Sequence[tuple[Sequence[str], bytes]], where: Where) -> None:
+        """Have what was decided told again, from wherever it is: names and lines; `where` is the place of the first line."""
         offset = 0
-        for line in lines:
+        for names, data in written:
             if where == "kept":
-                self._recall.keep(line.names, line.data)
+                self._recall.keep(names, data)
             elif where == "dropped":
-                self._recall.forget(line.names)
-            elif line.names:
-                self._recall.remember(line.names, where[0], where[1] + offset)
-            offset += len(line.data)
+                self._recall.forget(names)
+            elif names:
+                self._recall.remember(names, where[0], where[1] + offset)
+            offset += len(data)
 
     def stop(self) -> None:
         """Send whoever waits for another request's flush elsewhere, from now on at once: the flush may outlive this replica."""

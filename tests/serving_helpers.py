@@ -12,6 +12,7 @@ import numpy as np
 
 from policies.bundle import write_bundle
 from policies.distributions import Mode
+from policies.errors import ServiceUnavailable
 from policies.golden import Golden
 from policies.log_reader import LogTail
 from policies.network import Architecture, tensor_shapes
@@ -20,6 +21,7 @@ from policies.records import Decision, Feedback
 from policies.registry import Registry, register_version, set_champion, start_release
 from policies.storage import Storage
 from policies.traffic import TrafficPlan
+from serve_app.answers import Answer, Answers, Decided
 from serve_app.config import ServingConfig
 from serve_app.http_api import HttpApi
 from serve_app.replica import PolicyReplica
@@ -136,6 +138,11 @@ class Reply:
     def error(self) -> str:
         error = self.json()["error"]
         return error if isinstance(error, str) else error["message"]  # a text in the Open Inference Protocol
+
+
+def each(decided: Decided) -> list[Answer | ServiceUnavailable]:
+    """Return an answer per row, or why there is none."""
+    return decided.each() if isinstance(decided, Answers) else decided
 
 
 async def call(

@@ -10,10 +10,10 @@ from policies.distributions import seed_of
 from policies.errors import ServiceUnavailable
 from policies.records import DecisionBatch
 from policies.storage import Storage, open_storage
-from serve_app.answers import Answer, Answers, each, sorted_out
+from serve_app.answers import Answer, Answers, sorted_out
 from serve_app.decision_ids import DecisionIds
 from serve_app.tensors_http import _text_items
-from tests.serving_helpers import NAME, decide_all, logged, observations, publish, random_policy, release, replica_of
+from tests.serving_helpers import NAME, decide_all, each, logged, observations, publish, random_policy, release, replica_of
 
 ROW = Answer("champion", 1, "digest-1", "sample", 7, 0, 0.25, 0.5, "arm", None, None, None)
 OTHER = ROW._replace(arm="canary", version=2, digest="digest-2", mode="greedy", seed=8, action=[1, 2], propensity=1.0)

@@ -20,11 +20,11 @@ from policies.spaces import Choices, Numbers, Spaces
 from policies.storage import open_storage
 from policies.traffic import Arm, TrafficPlan, assign
 from serve_app import rungs
-from serve_app.answers import Answer, each
+from serve_app.answers import Answer
 from serve_app.config import FallbackConfig, ServingConfig, ShieldConfig
 from serve_app.deciding import Decider, Rows
 from serve_app.variants import Snapshot, Variant
-from tests.serving_helpers import NAME, decide_all, publish, random_policy, read_new, replica_of, snapshot_of, variant_of
+from tests.serving_helpers import NAME, decide_all, each, publish, random_policy, read_new, replica_of, snapshot_of, variant_of
 
 OBSERVATION = Box(np.full(1, -1, np.float32), np.ones(1, np.float32))
 

@@ -12,11 +12,11 @@ from policies.network import Gaussian
 from policies.observations import Box
 from policies.spaces import Numbers, Spaces
 from policies.traffic import Arm, TrafficPlan
-from serve_app.answers import Answer, each
+from serve_app.answers import Answer
 from serve_app.config import ServingConfig
 from serve_app.deciding import Decider, Rows
 from serve_app.variants import Variant
-from tests.serving_helpers import snapshot_of
+from tests.serving_helpers import each, snapshot_of
 from trimtab.local_plan import LocalPlan, LocalVersion, draw
 
 OBSERVATION = Box(np.zeros(1, np.float32), np.ones(1, np.float32))
