@@ -20,7 +20,7 @@ from policies.records import (
 from policies.sealed_segments import SUFFIX as SEALED_SUFFIX
 from policies.sealed_segments import SealedFile
 
-MAX_LINE_BYTES = 64 << 20  # of a batch; far above what a request may hold, and a bound for what a damaged file costs
+MAX_LINE_BYTES = 64 << 20  # of a batch; far above what is written in one, and a bound for what a damaged file costs
 
 _batch_decoder = msgspec.json.Decoder(DecisionBatch)
 

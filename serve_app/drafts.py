@@ -97,15 +97,8 @@ def batch_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int], answers: Answe
     )
 
 
-def answer_of(
-    decision: Decision,
-    policy: str | UnsetType,
-    parameters_P: np.ndarray | None,
-    *,
-    explain: bool,
-    state: str | None = None,
-) -> DecideAnswer:
-    """Return what the client is told. `state` is the request's; who sent one is told the next."""
+def answer_of(decision: Decision, policy: str | UnsetType, *, explain: bool, state: str | None = None) -> DecideAnswer:
+    """Return what the client is told of a logged decision. `state` is the request's; who sent one is told the next."""
     return DecideAnswer(
         decision.decision_id,
         decision.action,
@@ -115,7 +108,7 @@ def answer_of(
         decision.propensity,
         decision.fallback,
         decision.repair,
-        explanation_of(decision, parameters_P) if explain else None,
+        explanation_of(decision, None) if explain else None,
         None if state is None else history.state_after(decision.observation),
     )
 
@@ -168,7 +161,7 @@ def told_again(ask: Ask, logged: Decision, policy: str, spaces: Spaces) -> Decid
     different = _different_frames(logged, observation, ask.state, spaces)
     mask_A = spaces.check_mask(mask)
     _require_same(logged, different, mask_A, unit_id=ask.unit_id, episode_id=ask.episode_id, mode=ask.mode)
-    return answer_of(logged, policy, None, explain=ask.explain, state=ask.state)
+    return answer_of(logged, policy, explain=ask.explain, state=ask.state)
 
 
 def row_told_again(ask: ManyAsk, row: int, logged: Decision, spaces: Spaces) -> DecideAnswer | DecideFailure:
@@ -187,7 +180,7 @@ def row_told_again(ask: ManyAsk, row: int, logged: Decision, spaces: Spaces) -> 
         )
     except RequestRefused as error:
         return failure_of(error)
-    return answer_of(logged, UNSET, None, explain=ask.explain, state=state)
+    return answer_of(logged, UNSET, explain=ask.explain, state=state)
 
 
 def _different_frames(logged: Decision, observation: Any, state: str | None, spaces: Spaces) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from policies.errors import DeadlineExceeded, RequestInvalid, RequestRefused, ServiceUnavailable, TrimtabError
 from serve_app.answers import Answers, sorted_out
 from serve_app.asgi import Request
-from serve_app.asks import Ask, AskReader, ManyAsk, chosen, together
+from serve_app.asks import Ask, AskReader, ManyAsk, chosen, that_share_a_line, together, unless_all_none
 from serve_app.batcher import Batcher, Deliver, deliver_each
 from serve_app.config import ServingConfig
 from serve_app.deciding import Decider, Rows
@@ -108,9 +108,9 @@ class Ingress:
             if ask.deadline_s < now_s:
                 late_ms = 1000 * (now_s - ask.deadline_s)
                 drafts[index] = Draft(DeadlineExceeded(f"the request's deadline was over {late_ms:.0f} ms ago; ask again"))
-        single = [index for index, ask in enumerate(asks) if index not in drafts and isinstance(ask, Ask)]
-        if single:
-            drafts.update(zip(single, self._decide_singles([asks[index] for index in single], snapshot)))
+        single = [(index, ask) for index, ask in enumerate(asks) if index not in drafts and isinstance(ask, Ask)]
+        for part in that_share_a_line(single):
+            drafts.update(zip(part, self._decide_singles([asks[index] for index in part], snapshot)))
         for index, ask in enumerate(asks):
             if index not in drafts:
                 drafts[index] = self._decide_many(ask, snapshot)
@@ -248,14 +248,18 @@ def _first_of(refusals: dict[int, Any]) -> RequestRefused:
 def _rows_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int]) -> Rows:
     """Return rows of a request, to be decided."""
     keeps_all, places = len(rows) == len(encoded.rows), encoded.places(rows)
-    modes, arms = chosen(ask.mode, rows), chosen(ask.arm, rows)
     return Rows(
         chosen(ask.decision_ids, rows),
         chosen(ask.seeds, rows),
         chosen(ask.unit_ids, rows),
         encoded.obs_BD if keeps_all else encoded.obs_BD[places],
         encoded.mask_BA if keeps_all or encoded.mask_BA is None else encoded.mask_BA[places],
-        [modes] * len(rows) if isinstance(modes, str) else modes,
-        [arms] * len(rows) if isinstance(arms, str) else arms,
+        _each(ask.mode, rows),
+        _each(ask.arm, rows),
         bool(ask.explain),
     )
+
+
+def _each(column: Any, rows: Sequence[int]) -> list[Any] | None:
+    """Return what each of these rows asks for; None where none of them asks for anything."""
+    return unless_all_none(chosen(column, rows) if isinstance(column, list) else [column] * len(rows))

@@ -1,5 +1,7 @@
 """Columns say what their rows say, in memory, in the log and as tensors."""
 
+import asyncio
+import json
 import struct
 
 import msgspec
@@ -11,9 +13,22 @@ from policies.errors import ServiceUnavailable
 from policies.records import DecisionBatch
 from policies.storage import Storage, open_storage
 from serve_app.answers import Answer, Answers, sorted_out
+from serve_app.asks import LINE_BYTES, Ask, that_share_a_line
 from serve_app.decision_ids import DecisionIds
 from serve_app.tensors_http import _text_items
-from tests.serving_helpers import NAME, decide_all, each, logged, observations, publish, random_policy, release, replica_of
+from tests.serving_helpers import (
+    NAME,
+    Reply,
+    call,
+    decide_all,
+    each,
+    logged,
+    observations,
+    publish,
+    random_policy,
+    release,
+    replica_of,
+)
 
 ROW = Answer("champion", 1, "digest-1", "sample", 7, 0, 0.25, 0.5, "arm", None, None, None)
 OTHER = ROW._replace(arm="canary", version=2, digest="digest-2", mode="greedy", seed=8, action=[1, 2], propensity=1.0)
@@ -124,6 +139,41 @@ def test_requests_that_are_answered_together_share_a_line_and_keep_what_is_their
         (name, action) for _, name, action in reversed(named)
     ]
     assert len(named) == 18 and len(logged(storage)) == 19  # all were told from the shared line
+
+
+def test_what_shares_a_line_is_bounded_in_bytes_and_the_batch_is_decided_nevertheless(storage: Storage) -> None:
+    """Without a bound 90 requests of 825 kB were a line that no reader took."""
+    replica, num = replica_of(storage), 12
+    padding = " " * (LINE_BYTES // 4)  # so three bodies are below the bound, and four are above it
+    key = storage.api_key_file.read_text()
+    bodies = [(json.dumps({"observation": observation}) + padding).encode() for observation in observations(num)]
+
+    async def ask_all() -> list[Reply]:
+        return await asyncio.gather(*(call(replica.api, "POST", "/v1/decide", body, key=key) for body in bodies))
+
+    replies = asyncio.run(ask_all())
+    lines = [line for path in storage.decisions(NAME).glob("*.jsonl") for line in path.read_bytes().splitlines()[1:]]
+    assert [len(msgspec.json.decode(line, type=DecisionBatch).decision_ids) for line in lines] == [3] * 4
+    assert [decision.decision_id for decision in logged(storage)] == [reply.json()["decision_id"] for reply in replies]
+
+
+def test_one_request_above_the_bound_has_a_line_of_its_own() -> None:
+    ask = Ask("d", 0, "u", None, [], None, True, False, None, False, None, 0.0, 0.0, None, num_bytes=2 * LINE_BYTES)
+    small = ask._replace(num_bytes=1)
+    assert list(that_share_a_line([(4, small), (5, ask), (7, small), (8, small)])) == [[4], [5], [7, 8]]
+    assert list(that_share_a_line([])) == []
+
+
+def test_a_refused_request_does_not_send_the_others_down_the_ladder(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone asked for a mode: the others are decided as columns."""
+    replica, by_row = replica_of(storage, request_modes=["greedy"]), []
+    decide_row = replica._ingress.decider._decide_row
+    monkeypatch.setattr(replica._ingress.decider, "_decide_row", lambda *args: by_row.append(args) or decide_row(*args))
+    good = [{"observation": observation} for observation in observations(5)]
+    replies = decide_all(storage, replica, *good, {"observation": [0.0], "mode": "greedy"})
+    assert [reply.status for reply in replies] == [200] * 5 + [422] and not by_row
+    decide_all(storage, replica, *good, {**good[0], "mode": "greedy"})
+    assert len(by_row) == 6  # the control: one that is decided does
 
 
 def test_a_repeated_request_for_many_keeps_its_units_and_arms(storage: Storage) -> None:
