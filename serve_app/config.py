@@ -64,7 +64,10 @@ class ServingConfig(BaseModel):
     )
     max_batch_size: int = Field(256, ge=1, description="bigger: more throughput under load, the last of a batch waits longer")
     max_queue: int = Field(1024, ge=1, description="bigger: bursts wait instead of being answered 429")
-    max_body_bytes: int = Field(1 << 20, ge=1024, description="bigger: larger requests are read before they are refused with 413")
+    # The decisions of a body are one line of the log, up to five times as long; readers take 64 MiB.
+    max_body_bytes: int = Field(
+        1 << 20, ge=1024, le=8 << 20, description="bigger: larger requests are read before they are refused with 413"
+    )
     durability: Literal["write", "fsync"] = Field(
         "write",
         description="write: what was answered survives a killed process; fsync: a power cut too, each answer waits for the disk",

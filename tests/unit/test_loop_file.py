@@ -35,6 +35,7 @@ def test_the_example_is_valid_and_overrides_win(tmp_path: Path) -> None:
             r"training\.learning_rate: unknown key; .*allowed: algorithm, rllib, lr, gamma",
         ),
         (MINIMAL + "gates: {safety: {constraint: a}}\n", r"gates\.safety\.constraint: unknown key; did you mean 'constraints'"),
+        (MINIMAL + "serving: {max_body_bytes: 9000000}\n", r"serving\.max_body_bytes: .*less than or equal to 8388608.*9000000"),
         (MINIMAL + "serving: {port: many}\n", r"serving\.port: .*integer.*'many'"),
         (MINIMAL.replace("name: x", "name: ../evil"), "name: .*'../evil'"),
         ("name: x\n", "environment: this key is required"),
