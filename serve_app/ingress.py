@@ -262,4 +262,6 @@ def _rows_of(ask: ManyAsk, encoded: Encoded, rows: Sequence[int]) -> Rows:
 
 def _each(column: Any, rows: Sequence[int]) -> list[Any] | None:
     """Return what each of these rows asks for; None where none of them asks for anything."""
-    return unless_all_none(chosen(column, rows) if isinstance(column, list) else [column] * len(rows))
+    if column is None:
+        return None
+    return unless_all_none(chosen(column, rows)) if isinstance(column, list) else [column] * len(rows)

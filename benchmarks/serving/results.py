@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.peers.environments import REPOSITORY
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -43,9 +45,8 @@ def equal_work_ms(seconds: float = 3.0) -> dict[str, float]:
         began_s = time.perf_counter()
         sum(number * number % 7 for number in range(20_000))
         times_ms.append(1000 * (time.perf_counter() - began_s))
-    times_ms.sort()
-    places = {"p50": 0.5, "p99": 0.99, "p999": 0.999, "max": 1.0}
-    return {name: round(times_ms[min(int(q * len(times_ms)), len(times_ms) - 1)], 2) for name, q in places.items()}
+    figures = np.percentile(times_ms, (50, 99, 99.9, 100), method="higher").round(2).tolist()
+    return dict(zip(("p50", "p99", "p999", "max"), figures))
 
 
 def _git(*arguments: str) -> str:

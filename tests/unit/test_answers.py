@@ -86,6 +86,11 @@ def storage(tmp_path) -> Storage:
     return storage
 
 
+def logged_lines(storage: Storage) -> list[DecisionBatch]:
+    lines = [line for path in storage.decisions(NAME).glob("*.jsonl") for line in path.read_bytes().splitlines()[1:]]
+    return [msgspec.json.decode(line, type=DecisionBatch) for line in lines]
+
+
 def test_without_units_each_of_many_is_a_unit_of_its_own_and_the_log_says_so_once(storage: Storage) -> None:
     replica = replica_of(storage)
     [named, unnamed, own] = decide_all(
@@ -101,8 +106,7 @@ def test_without_units_each_of_many_is_a_unit_of_its_own_and_the_log_says_so_onc
     assert len(set(units)) == 82 and {decision.arm for decision in decisions[:40]} == {"canary", "champion"}
     told = [(row["decision_id"], row["arm"]) for reply in (named, unnamed, own) for row in reply.json()["decisions"]]
     assert told == [(decision.decision_id, decision.arm) for decision in decisions]
-    lines = [line for path in storage.decisions(NAME).glob("*.jsonl") for line in path.read_bytes().splitlines()[1:]]
-    assert [msgspec.json.decode(line, type=DecisionBatch).unit_ids for line in lines] == [None] * 3
+    assert [line.unit_ids for line in logged_lines(storage)] == [None] * 3
 
 
 def test_requests_that_are_answered_together_share_a_line_and_keep_what_is_their_own(storage: Storage) -> None:
@@ -121,8 +125,7 @@ def test_requests_that_are_answered_together_share_a_line_and_keep_what_is_their
     told = [reply.json() for index, reply in enumerate(replies) if index != 5]
     asked = [body for index, body in enumerate(bodies) if index != 5]
     decisions = logged(storage)
-    [line] = [line for path in storage.decisions(NAME).glob("*.jsonl") for line in path.read_bytes().splitlines()[1:]]
-    assert msgspec.json.decode(line, type=DecisionBatch).batch_id == ""
+    assert [line.batch_id for line in logged_lines(storage)] == [""]
     for body, answer, decision in zip(asked, told, decisions, strict=True):
         assert (decision.observation, decision.unit_id) == (body["observation"], body["unit_id"])
         assert decision.episode_id == body.get("episode_id") and decision.mode == body.get("mode", "sample")
@@ -152,8 +155,7 @@ def test_what_shares_a_line_is_bounded_in_bytes_and_the_batch_is_decided_neverth
         return await asyncio.gather(*(call(replica.api, "POST", "/v1/decide", body, key=key) for body in bodies))
 
     replies = asyncio.run(ask_all())
-    lines = [line for path in storage.decisions(NAME).glob("*.jsonl") for line in path.read_bytes().splitlines()[1:]]
-    assert [len(msgspec.json.decode(line, type=DecisionBatch).decision_ids) for line in lines] == [3] * 4
+    assert [len(line.decision_ids) for line in logged_lines(storage)] == [3] * 4
     assert [decision.decision_id for decision in logged(storage)] == [reply.json()["decision_id"] for reply in replies]
 
 
